@@ -1,0 +1,263 @@
+"""The question: one pre-training, one optional rank-one LoRA fine-tuning, validated once.
+
+A :class:`Problem` is read by the theory, the simulation, the command line, the TOML files and the
+tables; its field names are the flags, keys and columns.  Scalings are those of docs/theory.md,
+section 1: D is the embedding dimension, sequences are counted in units of D² (pre-training) and
+D (fine-tuning).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+__all__ = ["FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError"]
+
+
+class ProblemError(ValueError):
+    """A field of the problem has a value that is not allowed; the message is one sentence."""
+
+
+def _spec(
+    symbol: str, meaning: str, allowed: str, *, default: Any = MISSING, choices: tuple[str, ...] = ()
+) -> Any:
+    metadata = {"symbol": symbol, "meaning": meaning, "allowed": allowed, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+class FieldSpec(NamedTuple):
+    """What one field is: the row of the notation table, the help of the flag."""
+
+    name: str
+    symbol: str
+    meaning: str
+    allowed: str
+    default: Any  # dataclasses.MISSING if the field must be given
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Pre-training of W ∈ R^{D×P} on N sequences (docs/theory.md, section 1)."""
+
+    samples: float = _spec("α", "pre-training sequences, N/D²", "> 0")
+    penalty: float = _spec("λ", "weight decay λ‖W‖²_F on the factor W", "> 0")
+    rank: float = _spec("κ", "width of the trained factor, P/D", "> 0", default=1.0)
+
+    def __post_init__(self) -> None:
+        _validate(self, "pretraining.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """Rank-one LoRA w ∈ R^D on N' sequences with W frozen (docs/theory.md, section 1)."""
+
+    samples: float = _spec("α'", "fine-tuning sequences, N'/D", "> 0")
+    penalty: float = _spec("λ'", "weight decay λ'‖w‖² on the LoRA vector", "> 0")
+    signal: float = _spec("q₀", "strength of the task vector, ‖w*‖²/D", "> 0", default=1.0)
+    sequences: str = _spec(
+        "e",
+        "fresh sequences (e = 0) or sequences of the pre-training set with their noise (e = 1)",
+        '"fresh" or "reused"',
+        default="fresh",
+        choices=("fresh", "reused"),
+    )
+
+    def __post_init__(self) -> None:
+        _validate(self, "finetuning.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Pre-training followed by rank-one LoRA fine-tuning of a tied attention layer.
+
+    The student is σ(h + χχᵀ − qI) with h_ab = (x_aᵀ S x_b − δ_ab Tr S)/√D, S = WWᵀ/√(PD),
+    χ = Xw/√D and q = ‖w‖²/D; σ is the row softmax or σ(A) = A/T (docs/theory.md, section 1;
+    model of arXiv 2606.05899).  Without ``finetuning`` only the pre-training is asked for.
+
+    Raises:
+        ProblemError: a value is outside its range; the message names field, value and range.
+
+    Example:
+        >>> problem = Problem(
+        ...     tokens=2, activation="softmax", teacher_rank=0.5, label_noise=0.5,
+        ...     pretraining=Pretraining(samples=0.2, penalty=0.02),
+        ...     finetuning=Finetuning(samples=3.0, penalty=0.2),
+        ... )
+        >>> problem.replace({"pretraining.penalty": 0.1}).pretraining.penalty
+        0.1
+        >>> Problem.from_dict(problem.to_dict()) == problem
+        True
+    """
+
+    tokens: int = _spec("T", "tokens per sequence", "an integer ≥ 2 (≥ 1 for linear)")
+    activation: str = _spec(
+        "σ",
+        "row softmax, or σ(A) = A/T",
+        '"softmax" or "linear"',
+        choices=("softmax", "linear"),
+    )
+    teacher_rank: float = _spec("κ₀", "rank of the pre-training teacher, P₀/D", "> 0")
+    label_noise: float = _spec("Δ", "variance of the noise on the teacher's pre-activations", "≥ 0")
+    pretraining: Pretraining
+    finetuning: Finetuning | None = None
+
+    def __post_init__(self) -> None:
+        _validate(self, "")
+        if not isinstance(self.pretraining, Pretraining):
+            raise ProblemError(f"pretraining = {self.pretraining!r} must be a Pretraining")
+        if not isinstance(self.finetuning, Finetuning | None):
+            raise ProblemError(f"finetuning = {self.finetuning!r} must be a Finetuning or None")
+        if self.tokens < (1 if self.activation == "linear" else 2):
+            raise ProblemError(
+                f"tokens = {self.tokens} is not allowed with activation = {self.activation!r}: "
+                "it must be an integer ≥ 2 (1 only for linear)"
+            )
+
+    # -- the one definition of the fields ------------------------------------------------------
+
+    @classmethod
+    def specs(cls) -> tuple[FieldSpec, ...]:
+        """All fields by their dotted names, in the order of flags, keys and columns."""
+        return tuple(_specs(cls, ""))
+
+    def to_flat(self) -> dict[str, Any]:
+        """Dotted field names to values; the finetuning fields are absent without fine-tuning."""
+        flat: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            if isinstance(value, dict):
+                flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
+            elif value is not None:
+                flat[name] = value
+        return flat
+
+    def replace(self, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Self:
+        """A copy with some fields changed: dotted names in a mapping, top-level names also as keywords.
+
+        ``finetuning=None`` drops the second stage.
+        """
+        raw = self.to_dict()
+        for name, value in {**(changes or {}), **named}.items():
+            group, _, inner = name.partition(".")
+            if not inner:
+                raw[name] = value
+            elif isinstance(raw.get(group), dict):
+                raw[group][inner] = value
+            else:
+                raw[group] = {inner: value}
+        return type(self).from_dict(raw)
+
+    # -- dictionaries and TOML -----------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values; ``finetuning`` is None without a second stage."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """The problem from nested plain values, as in a TOML file.
+
+        Raises:
+            ProblemError: unknown or missing key, wrong type, value out of range.
+        """
+        values = dict(raw)
+        for group, part in (("pretraining", Pretraining), ("finetuning", Finetuning)):
+            entry = values.get(group)
+            if isinstance(entry, Mapping):
+                values[group] = part(**_checked_keys(part, entry, group + "."))
+            elif group in values and not isinstance(entry, part | None):
+                raise ProblemError(f"{group} = {entry!r} must be a table of fields, [{group}]")
+        if values.get("pretraining") is None:
+            values["pretraining"] = Pretraining(**_checked_keys(Pretraining, {}, "pretraining."))
+        return cls(**_checked_keys(cls, values, ""))
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """The problem from a TOML file: top-level keys, ``[pretraining]`` and ``[finetuning]``."""
+        return cls.from_dict(read_toml(path))
+
+    def to_toml(self, path: str | Path | None = None) -> str:
+        """The TOML text of the problem, also written to ``path`` if one is given."""
+        lines: list[str] = []
+        for name, value in self.to_flat().items():
+            group, _, inner = name.rpartition(".")
+            if group and f"[{group}]" not in lines:
+                lines += ["", f"[{group}]"]
+            lines.append(f"{inner} = " + (f'"{value}"' if isinstance(value, str) else repr(value)))
+        text = "\n".join(lines) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The nested values in a TOML file; a :class:`ProblemError` says why it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProblemError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ProblemError(f"{path} is not UTF-8 text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ProblemError(f"{path} is not valid TOML: {error}") from error
+
+
+def _specs(part: type, prefix: str) -> Iterator[FieldSpec]:
+    for entry in dataclasses.fields(part):
+        if entry.metadata:
+            data = entry.metadata
+            yield FieldSpec(
+                prefix + entry.name,
+                data["symbol"],
+                data["meaning"],
+                data["allowed"],
+                entry.default,
+                data["choices"],
+            )
+        else:
+            inner = {"pretraining": Pretraining, "finetuning": Finetuning}[entry.name]
+            yield from _specs(inner, entry.name + ".")
+
+
+def _checked_keys(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    known = {entry.name: entry for entry in dataclasses.fields(part)}
+    for name in raw:
+        if name not in known:
+            allowed = ", ".join(known)
+            raise ProblemError(f"{prefix}{name} is not a field; the fields here are {allowed}")
+    for name, entry in known.items():
+        if name not in raw and entry.default is MISSING:
+            raise ProblemError(
+                f"{prefix}{name} is missing: {entry.metadata['meaning']}, {entry.metadata['allowed']}"
+            )
+    return dict(raw)
+
+
+def _validate(part: Any, prefix: str) -> None:
+    """Check and normalise the plain fields of one part against its specs."""
+    for entry in dataclasses.fields(part):
+        if not entry.metadata:
+            continue
+        name, value, allowed = entry.name, getattr(part, entry.name), entry.metadata["allowed"]
+        complaint = ProblemError(f"{prefix}{name} = {value!r} is not allowed: it must be {allowed}")
+        if entry.metadata["choices"]:
+            if not isinstance(value, str) or value not in entry.metadata["choices"]:
+                raise complaint
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise complaint
+        elif name == "tokens":
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise complaint
+            object.__setattr__(part, name, int(value))
+        else:
+            number = float(value)
+            in_range = number >= 0 if allowed == "≥ 0" else number > 0
+            if not (math.isfinite(number) and in_range):
+                raise ProblemError(f"{complaint.args[0]} and finite")
+            object.__setattr__(part, name, number)
