@@ -2,5 +2,18 @@
 
 from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
+from lora_theory.status import Status
+from lora_theory.theory import EffectiveNoise, Prediction, finetune, predict
 
-__all__ = ["Estimate", "Finetuning", "Pretraining", "Problem", "ProblemError"]
+__all__ = [
+    "EffectiveNoise",
+    "Estimate",
+    "Finetuning",
+    "Prediction",
+    "Pretraining",
+    "Problem",
+    "ProblemError",
+    "Status",
+    "finetune",
+    "predict",
+]

@@ -1,0 +1,18 @@
+"""The asymptotic theory: :func:`predict` both stages, :func:`finetune` the second alone."""
+
+from lora_theory.theory.predict import finetune, predict
+from lora_theory.theory.results import (
+    EffectiveNoise,
+    FinetuningPrediction,
+    Prediction,
+    PretrainingPrediction,
+)
+
+__all__ = [
+    "EffectiveNoise",
+    "FinetuningPrediction",
+    "Prediction",
+    "PretrainingPrediction",
+    "finetune",
+    "predict",
+]

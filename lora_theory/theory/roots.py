@@ -1,0 +1,171 @@
+"""Root of a few equations averaged over nodes, with the quadrature error of everything read off it.
+
+The nodes come in R independent blocks.  A first root is found on one block; the root is taken on the
+mean over all blocks; the spread of the R roots that one Newton step gives for the single blocks is
+the quadrature error (docs/theory.md, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import root
+
+__all__ = ["BlockValues", "Root", "solve"]
+
+_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 40, 0.05
+_THREADS = 2
+
+
+class BlockValues(NamedTuple):
+    """Residuals and observables on one block of nodes, with their Jacobian."""
+
+    residual: Float[np.ndarray, " n"]
+    observables: Float[np.ndarray, " K"]
+    jacobian: Float[np.ndarray, "n+K n+p"]  # columns: the unknowns, then the parameters
+
+
+class Root(NamedTuple):
+    """A root, the observables there and the observables of the single blocks."""
+
+    unknowns: Float[np.ndarray, " n"]
+    residual: float  # largest relative residual of the mean equations
+    residual_noise: float  # its standard error over the blocks
+    observables: Float[np.ndarray, " K"]
+    block_observables: Float[np.ndarray, "R K"]
+
+    @property
+    def quadrature_error(self) -> Float[np.ndarray, " K"]:
+        """Standard error of the observables from the spread of the blocks; 0 for exact averages."""
+        count = self.block_observables.shape[0]
+        if count == 1:
+            return np.zeros_like(self.observables)
+        return self.block_observables.std(axis=0, ddof=1) / np.sqrt(count)
+
+
+#: Residuals, observables and Jacobian at given unknowns on block r.
+Evaluate = Callable[[Float[np.ndarray, " n"], int], BlockValues]
+
+
+def solve(
+    evaluate: Evaluate,
+    start: Float[np.ndarray, " n"],
+    *,
+    blocks: int,
+    tolerance: float,
+    parameter_shift: Float[np.ndarray, "R p"] | None = None,
+) -> Root:
+    """Damped steps into the basin, then Levenberg–Marquardt (MINPACK); on one block, then on all.
+
+    Args:
+        evaluate: values on one block; the residuals are relative, new/old − 1, for unknowns that
+            are logarithms or of order one, so that x + d·residual is a damped iteration.  The last
+            unknown relaxes first.
+        start: first unknowns.
+        blocks: R, number of blocks.
+        tolerance: residual at which the search on one block ends.
+        parameter_shift: how far the parameters of each block are from their mean (the error handed
+            on by the previous stage).
+
+    Returns:
+        The root with the smallest residual met; the caller judges that residual.
+    """
+    x = _basin(lambda x: evaluate(x, 0), np.array(start, dtype=np.float64), tolerance)
+    with ThreadPoolExecutor(min(_THREADS, blocks)) as pool:
+
+        def everywhere(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
+            # a thread has its own JAX scopes: the 64-bit one must be opened in each
+            def one(block: int) -> BlockValues:
+                with jax.enable_x64(True):
+                    return evaluate(x, block)
+
+            return list(pool.map(one, range(blocks)))
+
+        x, values = _polish(everywhere, x)
+    return _root(x, values, parameter_shift)
+
+
+def _basin(
+    evaluate: Callable[[Float[np.ndarray, " n"]], BlockValues],
+    x: Float[np.ndarray, " n"],
+    tolerance: float,
+) -> Float[np.ndarray, " n"]:
+    """Damped iteration until Levenberg–Marquardt succeeds from where it has come."""
+    for _ in range(4):
+        step = np.zeros_like(x)
+        step[-1] = np.clip(evaluate(x).residual[-1], -0.5, 1.0)
+        x = x + 0.7 * np.nan_to_num(step)
+    best, best_size = x, np.inf
+    for _ in range(_BASIN_ROUNDS):
+        for _ in range(_BASIN_STEPS):
+            residual = np.nan_to_num(evaluate(x).residual, posinf=1.0, neginf=-1.0)
+            if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
+                break
+            x = x + 0.5 * np.clip(residual, -0.5, 1.0)
+        found, values = _polish(lambda x: [evaluate(x)], x)
+        size = _size(values)
+        if size < best_size:
+            best, best_size = found, size
+        if size < tolerance:
+            break
+    return best
+
+
+def _polish(
+    evaluate: Callable[[Float[np.ndarray, " n"]], list[BlockValues]], x: Float[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " n"], list[BlockValues]]:
+    """Levenberg–Marquardt on the mean residual; the best point met and the values there."""
+    met: dict[bytes, list[BlockValues]] = {}
+
+    def at(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
+        key = np.asarray(x).tobytes()
+        if key not in met:
+            met[key] = evaluate(np.array(x))
+        return met[key]
+
+    def residual(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        mean = np.mean([values.residual for values in at(x)], axis=0)
+        return np.clip(np.nan_to_num(mean, nan=1e6), -1e6, 1e6)
+
+    def jacobian(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:
+        mean = np.mean([values.jacobian[: x.size, : x.size] for values in at(x)], axis=0)
+        return np.nan_to_num(mean, posinf=0.0, neginf=0.0)
+
+    options = {"xtol": 1e-13, "ftol": 1e-14, "factor": 0.5, "maxiter": 60}
+    root(residual, x, jac=jacobian, method="lm", options=options)
+    best, values = min(met.items(), key=lambda entry: _size(entry[1]))
+    return np.frombuffer(best).copy(), values
+
+
+def _size(values: list[BlockValues]) -> float:
+    mean = np.abs(np.mean([value.residual for value in values], axis=0))
+    return float(mean.max()) if np.all(np.isfinite(mean)) else np.inf
+
+
+def _root(
+    x: Float[np.ndarray, " n"],
+    values: list[BlockValues],
+    parameter_shift: Float[np.ndarray, "R p"] | None,
+) -> Root:
+    size = x.size
+    residual = np.array([value.residual for value in values])
+    observables = np.array([value.observables for value in values])
+    jacobian = np.mean([value.jacobian for value in values], axis=0)
+    change, drift = residual - residual.mean(axis=0), observables
+    if parameter_shift is not None and jacobian.shape[1] > size:
+        shifted = parameter_shift @ jacobian[:, size:].T
+        change, drift = change + shifted[:, :size], drift + shifted[:, size:]
+    moves = np.linalg.lstsq(jacobian[:size, :size], -change.T, rcond=None)[0].T
+    noise = residual.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(1)
+    return Root(
+        x,
+        _size(values),
+        float(noise.max()),
+        observables.mean(axis=0),
+        drift + moves @ jacobian[size:, :size].T,
+    )
