@@ -2,8 +2,9 @@
 
 from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
+from lora_theory.simulation import Simulation, simulate
 from lora_theory.status import Status
-from lora_theory.theory import EffectiveNoise, Prediction, finetune, predict
+from lora_theory.theory import EffectiveNoise, Prediction, finetune, measure_noise, predict
 
 __all__ = [
     "EffectiveNoise",
@@ -13,7 +14,10 @@ __all__ = [
     "Pretraining",
     "Problem",
     "ProblemError",
+    "Simulation",
     "Status",
     "finetune",
+    "measure_noise",
     "predict",
+    "simulate",
 ]

@@ -25,7 +25,12 @@ class ProblemError(ValueError):
 
 
 def _spec(
-    symbol: str, meaning: str, allowed: str, *, default: Any = MISSING, choices: tuple[str, ...] = ()
+    symbol: str,
+    meaning: str,
+    allowed: str,
+    *,
+    default: Any = MISSING,
+    choices: tuple[str, ...] = (),
 ) -> Any:
     metadata = {"symbol": symbol, "meaning": meaning, "allowed": allowed, "choices": choices}
     return field(default=default, metadata=metadata)

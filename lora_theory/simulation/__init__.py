@@ -1,0 +1,20 @@
+"""Simulation: real data, really trained, measured with the observables of the theory."""
+
+from lora_theory.simulation.api import simulate
+from lora_theory.simulation.losses import loss_on_attention, loss_on_outputs
+from lora_theory.simulation.results import (
+    EffectiveNoiseRuns,
+    FinetuningRuns,
+    PretrainingRuns,
+    Simulation,
+)
+
+__all__ = [
+    "EffectiveNoiseRuns",
+    "FinetuningRuns",
+    "PretrainingRuns",
+    "Simulation",
+    "loss_on_attention",
+    "loss_on_outputs",
+    "simulate",
+]

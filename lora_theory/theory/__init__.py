@@ -1,5 +1,6 @@
 """The asymptotic theory: :func:`predict` both stages, :func:`finetune` the second alone."""
 
+from lora_theory.theory.frozen import measure_noise
 from lora_theory.theory.predict import finetune, predict
 from lora_theory.theory.results import (
     EffectiveNoise,
@@ -14,5 +15,6 @@ __all__ = [
     "Prediction",
     "PretrainingPrediction",
     "finetune",
+    "measure_noise",
     "predict",
 ]

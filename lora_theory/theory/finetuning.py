@@ -152,9 +152,7 @@ def _collect(
     )
 
 
-def _linear_output(
-    point: tuple[Array, ...], fields: Fields, task: Task, tokens: int
-) -> _Output:
+def _linear_output(point: tuple[Array, ...], fields: Fields, task: Task, tokens: int) -> _Output:
     q, m, v, s = point
     levels = fields.levels + q
     omega = m / task.signal * fields.signal + s * fields.noise

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["Expansion", "minimise", "solve_positive_definite"]
+__all__ = ["Expansion", "Objective", "minimise", "solve_positive_definite"]
+
+_COMMON_STEPS, _SMALLEST_GROUP = 6, 64
 
 
 class Expansion(NamedTuple):
@@ -22,6 +24,10 @@ class Expansion(NamedTuple):
     value: Float[Array, " nodes"]
     gradient: Float[Array, "n nodes"]
     hessian: Float[Array, "n n nodes"]
+
+
+#: (points, *data) to an expansion; every array has the nodes last.
+Objective = Callable[..., Expansion]
 
 
 def solve_positive_definite(
@@ -53,8 +59,9 @@ def solve_positive_definite(
 
 
 def minimise(
-    expand: Callable[[Float[Array, "n nodes"]], Expansion],
+    objective: Objective,
     start: Float[Array, "n nodes"],
+    data: tuple[Array, ...],
     curvature: Float[Array, ""],
     *,
     tolerance: float,
@@ -64,39 +71,78 @@ def minimise(
 
     Newton steps on H + μI; μ grows where H + μI is not positive definite or the objective does
     not fall, and shrinks where it does.  A node stops once its undamped step is below
-    ``tolerance``·(1 + |u|); Newton converges quadratically, so that step leaves its square.
+    ``tolerance``·(1 + |u|); Newton converges quadratically, so that step leaves its square.  After
+    a few steps on all nodes, the slow ones are gathered and finished in small groups.
 
     Args:
-        expand: value, gradient and Hessian at (n, nodes) points.
+        objective: value, gradient and Hessian at (n, nodes) points, given ``data``.
+        data: what the objective depends on, nodes last.
         curvature: natural scale of the Hessian, the first nonzero μ.
     """
-
-    def unfinished(state: tuple[Array, ...]) -> Array:
-        return (state[0] < max_steps) & ~jnp.all(state[-1])
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        count, point, value, gradient, hessian, damping, done = state
-        damped = hessian + damping * jnp.eye(point.shape[0])[:, :, None]
-        move, pivot = solve_positive_definite(damped, gradient)
-        candidate = point - move
-        new = expand(candidate)
-        falls = new.value <= value + 1e-13 * (1.0 + jnp.abs(value))
-        accepted = (pivot > 0) & falls & jnp.isfinite(new.value) & ~done
-        small = jnp.max(jnp.abs(move), 0) <= tolerance * (1 + jnp.max(jnp.abs(point), 0))
-        converged = accepted & small & (damping <= curvature * 1e-3)
-        smaller = jnp.where(damping <= 1e-2 * curvature, 0.0, damping / 6)
-        larger = jnp.maximum(4 * damping, curvature)
-        return (
-            count + 1,
-            jnp.where(accepted, candidate, point),
-            jnp.where(accepted, new.value, value),
-            jnp.where(accepted, new.gradient, gradient),
-            jnp.where(accepted, new.hessian, hessian),
-            jnp.where(accepted, smaller, larger),
-            done | converged,
-        )
-
     nodes = start.shape[-1]
-    first = expand(start)
-    state = (0, start, *first, jnp.zeros(nodes), jnp.zeros(nodes, bool))
-    return jax.lax.while_loop(unfinished, step, state)[1]
+    first = objective(start, *data)
+    state = _State(jnp.zeros(nodes, int), start, *first, jnp.zeros(nodes), jnp.zeros(nodes, bool))
+
+    def descend(state: _State, data: tuple[Array, ...], rounds: int) -> _State:
+        def unfinished(carry: tuple[Array, _State]) -> Array:
+            return (carry[0] < rounds) & ~jnp.all(carry[1].done)
+
+        def step(carry: tuple[Array, _State]) -> tuple[Array, _State]:
+            new = _step(objective, carry[1], data, curvature, tolerance, max_steps)
+            return carry[0] + 1, new
+
+        return jax.lax.while_loop(unfinished, step, (jnp.asarray(0), state))[1]
+
+    group = max(_SMALLEST_GROUP, nodes // 16)
+    if group >= nodes:
+        return descend(state, data, max_steps).point
+    state = descend(state, data, _COMMON_STEPS)
+
+    def finish(state: _State) -> _State:
+        slow = jnp.argsort(state.done)[:group]
+        part = _State(*(entry[..., slow] for entry in state))
+        part = descend(part, tuple(entry[..., slow] for entry in data), max_steps)
+        both = zip(state, part, strict=True)
+        return _State(*(entry.at[..., slow].set(new) for entry, new in both))
+
+    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), finish, state).point
+
+
+class _State(NamedTuple):
+    count: Float[Array, " nodes"]
+    point: Float[Array, "n nodes"]
+    value: Float[Array, " nodes"]
+    gradient: Float[Array, "n nodes"]
+    hessian: Float[Array, "n n nodes"]
+    damping: Float[Array, " nodes"]
+    done: Float[Array, " nodes"]
+
+
+def _step(
+    objective: Objective,
+    state: _State,
+    data: tuple[Array, ...],
+    curvature: Array,
+    tolerance: float,
+    max_steps: int,
+) -> _State:
+    count, point, value, gradient, hessian, damping, done = state
+    damped = hessian + damping * jnp.eye(point.shape[0])[:, :, None]
+    move, pivot = solve_positive_definite(damped, gradient)
+    candidate = point - move
+    new = objective(candidate, *data)
+    falls = new.value <= value + 1e-13 * (1.0 + jnp.abs(value))
+    accepted = (pivot > 0) & falls & jnp.isfinite(new.value) & ~done
+    small = jnp.max(jnp.abs(move), 0) <= tolerance * (1 + jnp.max(jnp.abs(point), 0))
+    converged = accepted & small & (damping <= curvature * 1e-3)
+    smaller = jnp.where(damping <= 1e-2 * curvature, 0.0, damping / 6)
+    larger = jnp.maximum(4 * damping, curvature)
+    return _State(
+        count + 1,
+        jnp.where(accepted, candidate, point),
+        jnp.where(accepted, new.value, value),
+        jnp.where(accepted, new.gradient, gradient),
+        jnp.where(accepted, new.hessian, hessian),
+        jnp.where(accepted, smaller, larger),
+        done | converged | (count + 1 >= max_steps),
+    )

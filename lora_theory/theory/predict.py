@@ -34,6 +34,8 @@ DEFAULT_NODES = {1: 4096, 2: 2048, 3: 1024}
 _FEWEST_NODES = 512
 _MATTERING_JUMPS = 0.05
 _COLLAPSED = 1e-10
+# an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
+_MERGED_OVERLAP = 0.05
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
 
 
@@ -140,7 +142,9 @@ def finetune(
     for name in ("gain", "variance", "Q"):
         value = getattr(noise, name)
         if not (math.isfinite(value) and (value >= 0 or name == "gain")):
-            raise ProblemError(f"noise.{name} = {value!r} is not allowed: it must be finite and ≥ 0")
+            raise ProblemError(
+                f"noise.{name} = {value!r} is not allowed: it must be finite and ≥ 0"
+            )
     with jax.enable_x64(True):
         return _solve_branches(
             finetuning,
@@ -260,7 +264,9 @@ def _solve_branches(
         Q, M, V = frozen
         noise = label_variance - 2 * M + Q
         felt = noise / (1 + 4 * V / tokens**2) ** 2 if reused else noise
-        support = [lora.linear_fields(g, felt, noise, stage.signal, tokens=tokens) for g in gaussian]
+        support = [
+            lora.linear_fields(g, felt, noise, stage.signal, tokens=tokens) for g in gaussian
+        ]
         parameters, shift = np.zeros(0), None
     else:
         support = [jnp.asarray(g) for g in gaussian]
@@ -280,7 +286,8 @@ def _solve_branches(
     vanishing = scale + math.log(1e-3)
     found: dict[str, Root] = {}
     informed = branch(lora.INFORMED, scale + math.log(0.1), 0.9)
-    if abs(informed.unknowns[1]) > 1e-3:
+    learned = abs(informed.unknowns[1]) > 1e-3 or informed.unknowns[0] > vanishing
+    if learned and informed.observables[lora.OBSERVABLES.index("overlap")] > _MERGED_OVERLAP:
         found["informed"] = informed
     uninformed = branch(lora.UNINFORMED, scale + math.log(0.5), 0.0)
     if uninformed.unknowns[0] > vanishing:

@@ -7,7 +7,6 @@ equation (u − ω)/v + ∇ℓ(u) = 0; where two minima tie it jumps, and the de
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,15 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.theory.fields import softmax_loss, to_fields
-from lora_theory.theory.newton import Expansion, minimise, solve_positive_definite
+from lora_theory.theory.newton import Expansion, Objective, minimise, solve_positive_definite
 
 __all__ = ["Proximal", "linear_lora_proximal", "softmax_field_proximal", "softmax_lora_proximal"]
 
 _SCOUT_TOLERANCE, _POLISH_TOLERANCE, _MAX_STEPS = 1e-4, 1e-8, 60
 _BISECTIONS = 48
-
-#: (points, node data) to value, gradient, Hessian; every array has the nodes last.
-Objective = Callable[..., Expansion]
 
 
 class Proximal(NamedTuple):
@@ -99,7 +95,13 @@ def softmax_lora_proximal(
         )
 
     nodes = center.shape[-1:]
-    data = (frozen, labels, center, jnp.broadcast_to(variance, nodes), jnp.broadcast_to(norm, nodes))
+    data = (
+        frozen,
+        labels,
+        center,
+        jnp.broadcast_to(variance, nodes),
+        jnp.broadcast_to(norm, nodes),
+    )
     return _global_minimum(objective, [center, signal, -signal], data, center, variance)
 
 
@@ -112,21 +114,18 @@ def _global_minimum(
 ) -> Proximal:
     """Descend from every start and polish the lowest minimum; the next lowest is its rival."""
     count, nodes = len(starts), starts[0].shape[-1]
-    fixed = [jax.lax.stop_gradient(entry) for entry in data]
-
-    def copies(number: int) -> Callable[[Array], Expansion]:
-        tiled = [jnp.concatenate([entry] * number, axis=-1) for entry in fixed]
-        return lambda u: objective(u, *tiled)
-
+    fixed = tuple(jax.lax.stop_gradient(entry) for entry in data)
+    tiled = tuple(jnp.concatenate([entry] * count, axis=-1) for entry in fixed)
     stiffness = jax.lax.stop_gradient(1 / variance)
     scouts = minimise(
-        copies(count),
+        objective,
         jax.lax.stop_gradient(jnp.concatenate(starts, axis=-1)),
+        tiled,
         stiffness,
         tolerance=_SCOUT_TOLERANCE,
         max_steps=_MAX_STEPS,
     )
-    values = copies(count)(scouts).value.reshape(count, nodes)
+    values = objective(scouts, *tiled).value.reshape(count, nodes)
     scouts = scouts.reshape(-1, count, nodes)
     best = jnp.take_along_axis(scouts, jnp.argmin(values, axis=0)[None, None], axis=1)[:, 0]
     distance = jnp.max(jnp.abs(scouts - best[:, None]), axis=0)
@@ -135,7 +134,7 @@ def _global_minimum(
     rival = jnp.take_along_axis(scouts, second[None, None], axis=1)[:, 0]
     gap = jnp.min(jnp.where(distinct, values, jnp.inf), axis=0) - jnp.min(values, axis=0)
     point = minimise(
-        copies(1), best, stiffness, tolerance=_POLISH_TOLERANCE, max_steps=_MAX_STEPS
+        objective, best, fixed, stiffness, tolerance=_POLISH_TOLERANCE, max_steps=_MAX_STEPS
     )
     expansion = objective(point, *data)
     point = _implicit(point, expansion)

@@ -18,7 +18,10 @@ from scipy.optimize import root
 
 __all__ = ["BlockValues", "Root", "solve"]
 
-_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 40, 0.05
+_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 3, 40, 0.05
+_BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
+# relative step of the secant: wide enough to average over the jumps of many nodes
+_SECANT_STEP = 0.02
 _THREADS = 2
 
 
@@ -86,7 +89,7 @@ def solve(
 
             return list(pool.map(one, range(blocks)))
 
-        x, values = _polish(everywhere, x)
+        x, values = _polish(everywhere, x, tolerance, _FULL_EVALUATIONS)
     return _root(x, values, parameter_shift)
 
 
@@ -106,20 +109,28 @@ def _basin(
             residual = np.nan_to_num(evaluate(x).residual, posinf=1.0, neginf=-1.0)
             if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
                 break
-            x = x + 0.5 * np.clip(residual, -0.5, 1.0)
-        found, values = _polish(lambda x: [evaluate(x)], x)
+            x = x + 0.6 * np.clip(residual, -1.0, 1.0)
+        found, values = _polish(lambda x: [evaluate(x)], x, tolerance, _BLOCK_EVALUATIONS)
         size = _size(values)
+        progress = size < 0.5 * best_size
         if size < best_size:
             best, best_size = found, size
-        if size < tolerance:
+        if size < tolerance or not progress:
             break
     return best
 
 
 def _polish(
-    evaluate: Callable[[Float[np.ndarray, " n"]], list[BlockValues]], x: Float[np.ndarray, " n"]
+    evaluate: Callable[[Float[np.ndarray, " n"]], list[BlockValues]],
+    x: Float[np.ndarray, " n"],
+    tolerance: float,
+    evaluations: int,
 ) -> tuple[Float[np.ndarray, " n"], list[BlockValues]]:
-    """Levenberg–Marquardt on the mean residual; the best point met and the values there."""
+    """Root of the mean residual: the best point met and the values there.
+
+    Levenberg–Marquardt with the exact Jacobian; where jumps make the residual discontinuous that
+    Jacobian misses their share, and Powell's hybrid method with wide differences goes on.
+    """
     met: dict[bytes, list[BlockValues]] = {}
 
     def at(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
@@ -136,10 +147,16 @@ def _polish(
         mean = np.mean([values.jacobian[: x.size, : x.size] for values in at(x)], axis=0)
         return np.nan_to_num(mean, posinf=0.0, neginf=0.0)
 
-    options = {"xtol": 1e-13, "ftol": 1e-14, "factor": 0.5, "maxiter": 60}
+    def best() -> tuple[bytes, list[BlockValues]]:
+        return min(met.items(), key=lambda entry: _size(entry[1]))
+
+    options = {"xtol": 1e-13, "ftol": 1e-14, "factor": 0.5, "maxiter": evaluations}
     root(residual, x, jac=jacobian, method="lm", options=options)
-    best, values = min(met.items(), key=lambda entry: _size(entry[1]))
-    return np.frombuffer(best).copy(), values
+    if _size(best()[1]) > tolerance:
+        options = {"eps": _SECANT_STEP**2, "factor": 0.1, "maxfev": _SECANT_EVALUATIONS}
+        root(residual, np.frombuffer(best()[0]), method="hybr", options=options)
+    point, values = best()
+    return np.frombuffer(point).copy(), values
 
 
 def _size(values: list[BlockValues]) -> float:
@@ -155,7 +172,7 @@ def _root(
     size = x.size
     residual = np.array([value.residual for value in values])
     observables = np.array([value.observables for value in values])
-    jacobian = np.mean([value.jacobian for value in values], axis=0)
+    jacobian = np.nan_to_num(np.mean([value.jacobian for value in values], axis=0))
     change, drift = residual - residual.mean(axis=0), observables
     if parameter_shift is not None and jacobian.shape[1] > size:
         shifted = parameter_shift @ jacobian[:, size:].T

@@ -108,11 +108,14 @@ def truncated_second_moment(
     principal_zero = (
         -1.0 / (2 * g**2) - 3 * at_zero[0] / g + 3 * (at_zero[1] + at_zero[0] ** 2) * log_g
     )
-    principal_pole = -(
-        -(b**3) / (2 * u**2)
-        - 3 * b**2 * at_pole[0] / u
-        + 3 * (b**2 * at_pole[1] + b * at_pole[0] ** 2) * log_u
-    ) / c
+    principal_pole = (
+        -(
+            -(b**3) / (2 * u**2)
+            - 3 * b**2 * at_pole[0] / u
+            + 3 * (b**2 * at_pole[1] + b * at_pole[0] ** 2) * log_u
+        )
+        / c
+    )
     polynomial = (
         d**3 * g**4 / 4
         - d**2 * eps * g**3

@@ -1,0 +1,152 @@
+"""The public call of the simulation."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from lora_theory.problem import Problem, ProblemError
+from lora_theory.simulation.data import run_key
+from lora_theory.simulation.results import Simulation, summarise
+from lora_theory.simulation.run import Effort, run_seed
+from lora_theory.simulation.sizes import Sizes, checked_integer
+from lora_theory.simulation.storage import checked_path, save_weights
+
+__all__ = ["simulate"]
+
+DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
+#: Relative gradient norms.  Measured shifts of Q, M, q, m against a far lower tolerance: 1e-6
+#: (float64), 1e-4 for Q and M and at most 1e-3 for q and m at weak λ' (float32), where the
+#: gradient is rounding noise below 3e-4.  Seeds scatter by percents.
+GRADIENT_TOLERANCES = {"float32": 1e-3, "float64": 1e-5}
+
+
+def simulate(
+    problem: Problem,
+    dim: int,
+    seeds: int,
+    *,
+    seed: int = 0,
+    starts: int = 3,
+    dtype: str = "float64",
+    device: str | None = None,
+    save: str | os.PathLike[str] | None = None,
+    test_sequences: int = 20_000,
+    gradient_tolerance: float | None = None,
+    max_iterations: int = 20_000,
+    progress: bool = False,
+) -> Simulation:
+    """Train and measure ``seeds`` independent systems of embedding dimension ``dim``.
+
+    Every run draws a teacher, N = round(αD²) sequences and their noisy labels, minimises the
+    training loss over W ∈ R^{D×P} by full-batch L-BFGS, then, with W frozen, the fine-tuning loss
+    over w ∈ R^D on N' = round(α'D) sequences, once from w* (informed) and from ``starts`` random
+    vectors.  The losses compare T×T attention matrices (docs/theory.md, section 1; model of
+    arXiv 2606.05899, pre-training stage of arXiv 2509.24914).  Test errors are means over
+    ``test_sequences`` fresh sequences, label noise included.
+
+    An iteration costs two products of X (NT × D) with a D × P matrix, and some hundred iterations
+    are enough (more as λ → 0); memory is about 6 NTD numbers.
+
+    Args:
+        problem: the question.
+        dim: embedding dimension D.
+        seeds: number of independent runs, the ``count`` of every estimate.
+        seed: root of all random numbers, below 2³².  Run i uses ``fold_in(key(seed), i)``: more
+            seeds, starts, training or test sequences never change the earlier numbers.
+        starts: random starts of the fine-tuning, all kept.
+        dtype: "float32" or "float64".  The random numbers are drawn in float32 in both cases, so
+            both see the same data.
+        device: "cpu", "gpu" or None (JAX's default).
+        save: a .npz file for the weights of all seeds along the first axis: W0 (seeds, D, P0), W
+            (seeds, D, P), w_star, w and w_random (seeds, D), in float64, with the problem as TOML
+            text and the root seed.  Written at the end, whole or not at all.
+        test_sequences: fresh sequences per run.
+        gradient_tolerance: a descent stops at ‖∇L‖/‖2λW‖ below this; 1e-5 in float64 and 1e-3 in
+            float32 by default.
+        max_iterations: a descent stops after so many steps; like every descent that stops above
+            the tolerance it is counted in ``missed`` and kept.
+        progress: show a bar of the seeds on stderr.
+
+    Raises:
+        ProblemError: an argument is not allowed, the system is too small for the problem, or
+            fewer pre-training sequences exist than are re-used.
+
+    Example:
+        >>> from lora_theory import Finetuning, Pretraining
+        >>> problem = Problem(
+        ...     tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.5,
+        ...     pretraining=Pretraining(samples=0.5, penalty=0.1),
+        ...     finetuning=Finetuning(samples=4.0, penalty=0.2),
+        ... )
+        >>> simulation = simulate(problem, dim=16, seeds=2, starts=1, test_sequences=500)
+        >>> simulation.status.value, simulation.pretraining.Q.count
+        ('converged', 2)
+        >>> 0 < simulation.finetuning.overlap.mean <= 1
+        True
+    """
+    if not isinstance(problem, Problem):
+        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    sizes = Sizes.of(problem, dim)
+    seeds = checked_integer("seeds", seeds, 1)
+    seed = checked_integer("seed", seed, 0, 2**32 - 1)
+    starts = checked_integer("starts", starts, 0)
+    test_sequences = checked_integer("test_sequences", test_sequences, 2)
+    max_iterations = checked_integer("max_iterations", max_iterations, 1)
+    if dtype not in DTYPES:
+        raise ProblemError(f'dtype = {dtype!r} is not allowed: it must be "float32" or "float64"')
+    tolerance = _tolerance(gradient_tolerance, dtype)
+    path = None if save is None else checked_path(save)
+    target = _device(device)
+
+    effort = Effort(DTYPES[dtype], starts, test_sequences, tolerance, max_iterations)
+    records, arrays = [], []
+    with jax.enable_x64(True), jax.default_device(target):
+        for index in tqdm(range(seeds), desc="seeds", disable=not progress):
+            record, weights = run_seed(problem, sizes, effort, run_key(seed, index))
+            records.append(record)
+            if path is not None:
+                arrays.append(weights)
+    if path is not None:
+        stacked = {name: np.stack([run[name] for run in arrays]) for name in arrays[0]}
+        save_weights(path, problem, seed, stacked)
+    environment = {
+        "seed": seed,
+        "dtype": dtype,
+        "device": target.device_kind,
+        "platform": target.platform,
+        "starts": starts,
+        "test_sequences": test_sequences,
+        "gradient_tolerance": effort.gradient_tolerance,
+        "max_iterations": max_iterations,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }
+    return summarise(problem, sizes.dim, environment, records)
+
+
+def _tolerance(value: Any, dtype: str) -> float:
+    if value is None:
+        return GRADIENT_TOLERANCES[dtype]
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
+        raise ProblemError(
+            f"gradient_tolerance = {value!r} is not allowed: it must be between 0 and 1"
+        )
+    return float(value)
+
+
+def _device(name: str | None) -> jax.Device:
+    if name not in (None, "cpu", "gpu"):
+        raise ProblemError(f'device = {name!r} is not allowed: it must be "cpu", "gpu" or None')
+    try:
+        return jax.devices(name)[0]
+    except RuntimeError as error:
+        found = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise ProblemError(
+            f"device = {name!r} is not available here: JAX finds only {found}"
+        ) from error

@@ -1,0 +1,68 @@
+"""Stage two: what a run draws to fine-tune w, W frozen (docs/theory.md, section 1)."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Key
+
+from lora_theory.attention import attention
+from lora_theory.problem import Finetuning
+from lora_theory.simulation.data import Draw, draw_normal, draw_sequences, draw_task_vector
+from lora_theory.simulation.fields import centred_fields, noisy_fields
+from lora_theory.simulation.minimise import Task
+from lora_theory.simulation.pretraining import PretrainingData
+from lora_theory.simulation.sizes import Sizes
+
+__all__ = ["FinetuningData", "finetuning_data", "finetuning_task", "random_start"]
+
+
+class FinetuningData(NamedTuple):
+    """What the second stage sees: sequences with both fields, and the task vector behind them."""
+
+    task_vector: Float[Array, "D 1"]  # w*
+    sequences: Float[Array, "n T D"]
+    frozen_fields: Float[Array, "n T T"]  # h, of the pre-trained weights
+    teacher_fields: Float[Array, "n T T"]  # h^y, with their noise, without the task vector
+
+
+def finetuning_data(
+    key: Key[Array, ""],
+    sizes: Sizes,
+    finetuning: Finetuning,
+    label_noise: float,
+    pretraining: PretrainingData,
+    weights: Float[Array, "D P"],
+) -> FinetuningData:
+    """Fresh sequences with fresh noise, or the first pre-training sequences with their noise."""
+    dtype, count = weights.dtype.type, sizes.finetuning_sequences
+    task_vector = draw_task_vector(Draw.TASK_VECTOR.key(key), sizes.dim, finetuning.signal, dtype)
+    if finetuning.sequences == "reused":
+        sequences = pretraining.sequences[:count]
+        teacher_fields = pretraining.teacher_fields[:count]
+    else:
+        sequences, noise = draw_sequences(
+            Draw.FINETUNING_SEQUENCES.key(key), count, sizes.tokens, sizes.dim, dtype
+        )
+        teacher_fields = noisy_fields(sequences, pretraining.teacher, noise, dtype(label_noise))
+    return FinetuningData(
+        task_vector, sequences, centred_fields(sequences, weights), teacher_fields
+    )
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def finetuning_task(data: FinetuningData, penalty: Float[Array, ""], *, activation: str) -> Task:
+    """Fit the noisy labels σ(h^y + χ*χ*ᵀ − q₀I) with σ(h + χχᵀ − qI)."""
+    shifted = data.teacher_fields + centred_fields(data.sequences, data.task_vector)
+    return Task(data.sequences, data.frozen_fields, attention(shifted, activation), penalty)
+
+
+def random_start(
+    key: Key[Array, ""], index: int, task_vector: Float[Array, "D 1"], signal: float
+) -> Float[Array, "D 1"]:
+    """A start of iid N(0, q₀) entries: as long as w* on average, independent of it."""
+    start_key = jax.random.fold_in(Draw.FINETUNING_STARTS.key(key), index)
+    start: Array = signal**0.5 * draw_normal(start_key, task_vector.shape, task_vector.dtype)
+    return start

@@ -1,0 +1,141 @@
+"""Order parameters and test errors of trained weights (docs/theory.md, sections 1, 4 and 10)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from lora_theory.attention import attention
+from lora_theory.problem import Problem
+from lora_theory.simulation.data import Draw, sequence_chunks
+from lora_theory.simulation.fields import centred_fields, noisy_fields
+from lora_theory.simulation.results import NOTHING_LEARNT, Numbers
+
+__all__ = [
+    "SampledError",
+    "cross_terms",
+    "effective_noise",
+    "matrix_overlaps",
+    "sampled_errors",
+    "vector_overlaps",
+]
+
+
+Matrix = Float[np.ndarray, "D P"]
+Vector = Float[np.ndarray, " D"]
+
+
+def _trace_of_product(left: Matrix, right: Matrix) -> float:
+    """Tr(S_left S_right)/D with S = WWᵀ/√(PD), without forming a D×D matrix."""
+    dim, rank = left.shape
+    scale = dim**2 * math.sqrt(rank * right.shape[1])
+    return float(np.sum((left.T @ right) ** 2) / scale)
+
+
+def matrix_overlaps(weights: Matrix, teacher: Matrix) -> Numbers:
+    """Q = Tr S²/D, M = Tr S S₀/D, Q₀ = Tr S₀²/D and M/√(Q Q₀)."""
+    Q, M = _trace_of_product(weights, weights), _trace_of_product(weights, teacher)
+    Q0 = _trace_of_product(teacher, teacher)
+    overlap = M / math.sqrt(Q * Q0) if Q > NOTHING_LEARNT else 0.0
+    return {"Q": Q, "M": M, "Q0": Q0, "overlap": overlap}
+
+
+def effective_noise(Q: float, M: float, Q0: float, label_noise: float) -> Numbers:
+    """Gain M/Q and variance Δ/2 + Q₀ − M²/Q of the teacher's field given the student's."""
+    gain = M / Q if Q > NOTHING_LEARNT else 0.0
+    return {"gain": gain, "variance": label_noise / 2 + Q0 - gain * M}
+
+
+def vector_overlaps(vector: Vector, task_vector: Vector) -> Numbers:
+    """q = ‖w‖²/D, m = |w·w*|/D and the alignment |w·w*|/(‖w‖‖w*‖)."""
+    dim = vector.size
+    q, q_0 = float(vector @ vector) / dim, float(task_vector @ task_vector) / dim
+    m = abs(float(vector @ task_vector)) / dim
+    return {"q": q, "m": m, "overlap": m / math.sqrt(q * q_0) if q > NOTHING_LEARNT else 0.0}
+
+
+def cross_terms(weights: Matrix, teacher: Matrix, vector: Vector, task_vector: Vector) -> Numbers:
+    """(w*ᵀKw* − wᵀKw)/D^{3/2} and w*ᵀKw*/D^{3/2} with K = S₀ − Ŝ (docs/theory.md, section 10).
+
+    They are O(1/√D) and absent from the asymptotics: for σ(A) = A/T the test error E' (the frozen
+    one) of a finite system holds exactly 2(T+1)/T times the first (the second).
+    """
+
+    def form(factor: Matrix, direction: Vector) -> float:
+        """directionᵀ S direction / D^{3/2}, S = factor factorᵀ/√(PD)."""
+        dim, rank = factor.shape
+        return float(np.sum((factor.T @ direction) ** 2) / (dim**2 * math.sqrt(rank)))
+
+    frozen, tuned = (
+        form(teacher, direction) - form(weights, direction) for direction in (task_vector, vector)
+    )
+    return {"cross_term": frozen - tuned, "frozen_cross_term": frozen}
+
+
+class SampledError(NamedTuple):
+    """A mean loss over test sequences, and the standard error of that mean."""
+
+    mean: float
+    sampling: float
+
+    def named(self, name: str) -> Numbers:
+        """Both numbers by name, as in a row."""
+        return {name: self.mean, f"{name}_sampling": self.sampling}
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def _losses(
+    sequences: Float[Array, "n T D"],
+    noise: Float[Array, "n T T"],
+    weights: Float[Array, "D P"],
+    teacher: Float[Array, "D P0"],
+    label_noise: Float[Array, ""],
+    task_vector: Float[Array, "D 1"],
+    vectors: list[Float[Array, "D 1"]],
+    *,
+    activation: str,
+) -> Float[Array, "errors n"]:
+    frozen = centred_fields(sequences, weights)
+    fields = noisy_fields(sequences, teacher, noise, label_noise)
+    shifted = fields + centred_fields(sequences, task_vector)
+    tuned = [frozen + centred_fields(sequences, vector) for vector in vectors]
+
+    def loss(label: Array, student: Array) -> Float[Array, " n"]:
+        gap = attention(label, activation) - attention(student, activation)
+        return jnp.sum(gap**2, axis=(1, 2))
+
+    losses = [loss(fields, frozen), *(loss(shifted, student) for student in [frozen, *tuned])]
+    return jnp.stack(losses).astype(jnp.float64)
+
+
+def sampled_errors(
+    key: Key[Array, ""],
+    count: int,
+    problem: Problem,
+    weights: Float[Array, "D P"],
+    teacher: Float[Array, "D P0"],
+    task_vector: Float[Array, "D 1"],
+    vectors: list[Float[Array, "D 1"]],
+) -> list[SampledError]:
+    """Losses on ``count`` fresh sequences, label noise included (docs/theory.md, section 1).
+
+    First E (pre-training task), then the frozen error (fine-tuning task, χ = 0, q = 0), then E'
+    of each of the ``vectors``, all on the same sequences.
+    """
+    dtype, dim = weights.dtype.type, weights.shape[0]
+    chunks = sequence_chunks(Draw.TEST_SEQUENCES.key(key), count, problem.tokens, dim, dtype)
+    label_noise, activation = dtype(problem.label_noise), problem.activation
+    factors = weights, teacher, label_noise, task_vector, vectors
+    parts = [_losses(*chunk, *factors, activation=activation) for chunk in chunks]
+    losses = np.concatenate(parts, axis=1)
+    means, deviations = losses.mean(axis=1), losses.std(axis=1, ddof=1)
+    return [
+        SampledError(float(mean), float(deviation) / math.sqrt(count))
+        for mean, deviation in zip(means, deviations, strict=True)
+    ]

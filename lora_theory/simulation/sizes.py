@@ -1,0 +1,84 @@
+"""The integers of one simulated problem: how many sequences and columns at a given dimension D."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+from lora_theory.problem import Problem, ProblemError
+
+__all__ = ["SMALLEST_DIM", "Sizes", "checked_integer"]
+
+#: Smallest embedding dimension that is simulated.
+SMALLEST_DIM = 4
+
+
+class Sizes(NamedTuple):
+    """Numbers of rows, columns and sequences (docs/theory.md, section 1), rounded to integers."""
+
+    dim: int
+    tokens: int
+    teacher_rank: int  # P0 = round(kappa0 D)
+    student_rank: int  # P = round(kappa D)
+    pretraining_sequences: int  # N = round(alpha D^2)
+    finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
+
+    @classmethod
+    def of(cls, problem: Problem, dim: int) -> Sizes:
+        """The sizes of ``problem`` at embedding dimension ``dim``.
+
+        Raises:
+            ProblemError: ``dim`` is too small, or fewer pre-training sequences exist than the
+                fine-tuning re-uses; the message names the fields and ``dim``.
+
+        Example:
+            >>> from lora_theory import Pretraining
+            >>> problem = Problem(tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.5,
+            ...                   pretraining=Pretraining(samples=0.2, penalty=0.02))
+            >>> Sizes.of(problem, 100).pretraining_sequences
+            2000
+        """
+        dim = checked_integer("dim", dim, SMALLEST_DIM)
+        pretraining, finetuning = problem.pretraining, problem.finetuning
+        sizes = cls(
+            dim=dim,
+            tokens=problem.tokens,
+            teacher_rank=_rounded("teacher_rank", problem.teacher_rank, dim, dim),
+            student_rank=_rounded("pretraining.rank", pretraining.rank, dim, dim),
+            pretraining_sequences=_rounded(
+                "pretraining.samples", pretraining.samples, dim * dim, dim
+            ),
+            finetuning_sequences=(
+                _rounded("finetuning.samples", finetuning.samples, dim, dim) if finetuning else 0
+            ),
+        )
+        if finetuning is None or finetuning.sequences == "fresh":
+            return sizes
+        if sizes.finetuning_sequences > sizes.pretraining_sequences:
+            raise ProblemError(
+                'finetuning.sequences = "reused" is not allowed here: at dim = '
+                f"{dim} the {sizes.finetuning_sequences} fine-tuning sequences (finetuning.samples "
+                f"= {finetuning.samples:g}) exceed the {sizes.pretraining_sequences} pre-training "
+                f"sequences (pretraining.samples = {pretraining.samples:g})"
+            )
+        return sizes
+
+
+def _rounded(name: str, ratio: float, unit: int, dim: int) -> int:
+    count = round(ratio * unit)
+    if count < 1:
+        raise ProblemError(
+            f"dim = {dim} is too small for {name} = {ratio:g}: "
+            "it must be large enough to leave at least 1 after rounding"
+        )
+    return count
+
+
+def checked_integer(name: str, value: Any, smallest: int, largest: float = math.inf) -> int:
+    """``value`` as an int, or a :class:`ProblemError` that says what is allowed."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or not smallest <= value <= largest:
+        allowed = f"≥ {smallest}" if largest == math.inf else f"from {smallest} to {largest}"
+        raise ProblemError(f"{name} = {value!r} is not allowed: it must be an integer {allowed}")
+    return int(value)
