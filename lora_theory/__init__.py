@@ -1,5 +1,6 @@
 """Theory and simulation of pre-training and rank-one LoRA fine-tuning of an attention layer."""
 
+from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
@@ -7,6 +8,7 @@ from lora_theory.status import Status
 from lora_theory.theory import EffectiveNoise, Prediction, finetune, measure_noise, predict
 
 __all__ = [
+    "Comparison",
     "EffectiveNoise",
     "Estimate",
     "Finetuning",
@@ -16,6 +18,7 @@ __all__ = [
     "ProblemError",
     "Simulation",
     "Status",
+    "compare",
     "finetune",
     "measure_noise",
     "predict",

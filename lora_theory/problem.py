@@ -143,7 +143,7 @@ class Problem:
         return flat
 
     def replace(self, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Self:
-        """A copy with some fields changed: dotted names in a mapping, top-level names also as keywords.
+        """A copy with some fields changed, by dotted names; top-level ones also as keywords.
 
         ``finetuning=None`` drops the second stage.
         """
@@ -238,9 +238,8 @@ def _checked_keys(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, 
             raise ProblemError(f"{prefix}{name} is not a field; the fields here are {allowed}")
     for name, entry in known.items():
         if name not in raw and entry.default is MISSING:
-            raise ProblemError(
-                f"{prefix}{name} is missing: {entry.metadata['meaning']}, {entry.metadata['allowed']}"
-            )
+            meaning, allowed = entry.metadata["meaning"], entry.metadata["allowed"]
+            raise ProblemError(f"{prefix}{name} is missing: {meaning}, {allowed}")
     return dict(raw)
 
 

@@ -33,10 +33,10 @@ class Status(StrEnum):
 _REMEDIES = {
     Status.CONVERGED: "Solved to the requested residual; nothing to do.",
     Status.JUMPS: (
-        "A proximal operator jumps between minima with a share that matters: the equations on fixed "
-        "nodes are discontinuous, so the residual stays above the tolerance but below the quadrature "
-        "error; replica symmetry may fail here. More samples or more penalty remove the jumps, more "
-        "nodes lower the error."
+        "A proximal operator jumps between minima with a share that matters: on fixed nodes the "
+        "equations are discontinuous, their residual may end above the tolerance (but below the "
+        "quadrature error), and replica symmetry may fail. More samples or more penalty remove "
+        "the jumps, more nodes lower the error."
     ),
     Status.COLLAPSED: (
         "The penalty keeps the trained parameter at zero, where overlap and gain have no meaning; "

@@ -108,20 +108,20 @@ def linear_fields(
 ) -> Fields:
     """Eigenvalues of R + χ*χ*ᵀ − q0 I, with χ* and ζ in its eigenbasis, for linear attention.
 
-    R = h^y − h is a Gaussian orthogonal matrix of off-diagonal variance Δ_eff, whose law does not
+    R = h^y − h is a Gaussian orthogonal matrix of off-diagonal variance Δ_eff; its law does not
     depend on the basis: χ* may be laid along the first axis and R reduced to a tridiagonal matrix
-    of T Gaussians and T − 1 χ variables (docs/theory.md, section 5).  ζ stays Gaussian in any basis.
+    of T Gaussians and T − 1 χ variables (docs/theory.md, section 5).  ζ is Gaussian in any basis.
     """
     degrees = np.concatenate([[tokens], np.arange(tokens - 1, 0, -1)])[:, None]
     chi = np.sqrt(2 * gammaincinv(degrees / 2, ndtr(nodes[2 * tokens :])))
-    parts = _eigenbasis(
+    levels, star, noise = _eigenbasis(
         jnp.asarray(nodes[: 2 * tokens]),
         jnp.asarray(chi),
         jnp.asarray(training_noise, dtype=float),
         jnp.asarray(signal, dtype=float),
         tokens,
     )
-    return Fields(*parts, jnp.asarray(test_noise, dtype=float))
+    return Fields(levels, star, noise, jnp.asarray(test_noise, dtype=float))
 
 
 class _Output(NamedTuple):

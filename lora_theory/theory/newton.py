@@ -109,7 +109,7 @@ def minimise(
 
 
 class _State(NamedTuple):
-    count: Float[Array, " nodes"]
+    steps: Float[Array, " nodes"]
     point: Float[Array, "n nodes"]
     value: Float[Array, " nodes"]
     gradient: Float[Array, "n nodes"]
@@ -126,7 +126,7 @@ def _step(
     tolerance: float,
     max_steps: int,
 ) -> _State:
-    count, point, value, gradient, hessian, damping, done = state
+    steps, point, value, gradient, hessian, damping, done = state
     damped = hessian + damping * jnp.eye(point.shape[0])[:, :, None]
     move, pivot = solve_positive_definite(damped, gradient)
     candidate = point - move
@@ -138,11 +138,11 @@ def _step(
     smaller = jnp.where(damping <= 1e-2 * curvature, 0.0, damping / 6)
     larger = jnp.maximum(4 * damping, curvature)
     return _State(
-        count + 1,
+        steps + 1,
         jnp.where(accepted, candidate, point),
         jnp.where(accepted, new.value, value),
         jnp.where(accepted, new.gradient, gradient),
         jnp.where(accepted, new.hessian, hessian),
         jnp.where(accepted, smaller, larger),
-        done | converged | (count + 1 >= max_steps),
+        done | converged | (steps + 1 >= max_steps),
     )

@@ -1,4 +1,4 @@
-"""Fixed Gaussian nodes in independent blocks: scrambled Sobol points, paired with their mirror images."""
+"""Fixed Gaussian nodes: independent blocks of scrambled Sobol points."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def finetune(
     seed: int = 0,
     tolerance: float = 1e-10,
 ) -> tuple[FinetuningPrediction, ...]:
-    """The second stage alone, from a given (gain, variance, Q): its branches, least potential first.
+    """The second stage alone, from (gain, variance, Q): its branches, least potential first.
 
     For fresh sequences only: re-used ones depend on the pre-training that made the weights
     (docs/theory.md, sections 3 and 4).  :func:`lora_theory.measure_noise` makes ``noise`` from the
@@ -158,9 +158,9 @@ def finetune(
 
 
 def _check_settings(nodes: int | None, blocks: int, tolerance: float) -> None:
-    if nodes is not None and (not isinstance(nodes, int) or nodes < 16 or nodes & (nodes - 1)):
+    if nodes is not None and (nodes < 16 or nodes & (nodes - 1)):
         raise ProblemError(f"nodes = {nodes!r} is not allowed: it must be a power of two ≥ 16")
-    if not isinstance(blocks, int) or blocks < 2:
+    if blocks < 2:
         raise ProblemError(f"blocks = {blocks!r} is not allowed: it must be an integer ≥ 2")
     if not 0 < tolerance < 1:
         raise ProblemError(f"tolerance = {tolerance!r} is not allowed: it must be in (0, 1)")
@@ -205,7 +205,8 @@ def _pretraining_prediction(
     else:
         delta = math.sqrt(values["Q_hat"]) / values["M_hat"]
         epsilon = 2 * math.sqrt(problem.pretraining.rank) * problem.pretraining.penalty
-        rank = float(learned_rank(delta, epsilon / values["M_hat"], problem.teacher_rank))
+        arguments = delta, epsilon / values["M_hat"], problem.teacher_rank
+        rank = float(learned_rank(*(jnp.asarray(value) for value in arguments)))
     if status.is_solved and problem.pretraining.rank < rank:
         raise ProblemError(
             f"pretraining.rank = {problem.pretraining.rank:g} is not allowed: it must be at least "

@@ -1,7 +1,8 @@
 """State evolution of pre-training: order parameters Q, M, V and their conjugates.
 
-One function per equation of docs/theory.md, section 2.  The equations on fixed nodes are the exact
-stationarity conditions of the potential Φ on the same nodes, jumps of the proximal operator included.
+One function per equation of docs/theory.md, section 2.  The equations on fixed nodes are exactly
+the stationarity conditions of the potential Φ on the same nodes, jumps of the proximal operator
+included.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Constants(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
+        """The constants of ``problem``."""
         stage = problem.pretraining
         return cls(
             stage.samples,
@@ -102,7 +104,7 @@ def frozen_coordinates(
     M: Float[Array, ""],
     label_variance: float | Float[Array, ""],
 ) -> tuple[Float[Array, "n nodes"], Float[Array, "n nodes"], Float[Array, ""]]:
-    """z^y = √Q_y g1, z = (M/Q_y) z^y + S g2 and S, with S² = Q − M²/Q_y (docs/theory.md, section 5)."""
+    """z^y = √Q_y g1, z = (M/Q_y) z^y + S g2 and S, S² = Q − M²/Q_y (docs/theory.md, section 5)."""
     spread = jnp.sqrt(jnp.maximum(Q - M**2 / label_variance, _SMALLEST_SPREAD))
     label = jnp.sqrt(jnp.asarray(label_variance)) * label_noise
     return label, M / label_variance * label + spread * frozen_noise, spread
@@ -118,7 +120,7 @@ def linear_effective_noise(
 def _linear_output(
     Q: Array, M: Array, V: Array, constants: Constants, tokens: int
 ) -> tuple[Array, ...]:
-    """Conjugates, mean Moreau envelope, E, train error and jump mass: closed forms for σ(A) = A/T."""
+    """Conjugates, mean Moreau envelope, E, train error, jump mass: closed for σ(A) = A/T."""
     T = tokens
     noise = linear_effective_noise(Q, M, constants.label_variance)
     stiff = V + T**2 / 4

@@ -145,7 +145,7 @@ def _global_minimum(
 
 
 def _implicit(point: Array, expansion: Expansion) -> Array:
-    """One Newton step from a solution held fixed: its value, with the derivative of the implicit equation."""
+    """The solution with the derivative of its implicit equation: a Newton step from it."""
     hessian = jax.lax.stop_gradient(expansion.hessian)
     return point - solve_positive_definite(hessian, expansion.gradient)[0]
 

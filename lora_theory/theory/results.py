@@ -1,4 +1,4 @@
-"""What :func:`lora_theory.predict` returns: values, quadrature errors and statuses of both stages."""
+"""What :func:`lora_theory.predict` returns: values, quadrature errors and statuses."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class FinetuningPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer of the theory; ``finetuning`` is the branch of least potential among ``branches``."""
+    """The answer of the theory; ``finetuning`` is the branch of least potential."""
 
     problem: Problem
     status: Status

@@ -1,8 +1,8 @@
 """Root of a few equations averaged over nodes, with the quadrature error of everything read off it.
 
-The nodes come in R independent blocks.  A first root is found on one block; the root is taken on the
-mean over all blocks; the spread of the R roots that one Newton step gives for the single blocks is
-the quadrature error (docs/theory.md, section 5).
+The nodes come in R independent blocks.  A first root is found on one block; the root is taken on
+the mean over all blocks; the spread of the R roots that one Newton step gives for the single
+blocks is the quadrature error (docs/theory.md, section 5).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Root(NamedTuple):
         count = self.block_observables.shape[0]
         if count == 1:
             return np.zeros_like(self.observables)
-        return self.block_observables.std(axis=0, ddof=1) / np.sqrt(count)
+        return np.asarray(self.block_observables.std(axis=0, ddof=1) / np.sqrt(count))
 
 
 #: Residuals, observables and Jacobian at given unknowns on block r.
@@ -141,11 +141,11 @@ def _polish(
 
     def residual(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         mean = np.mean([values.residual for values in at(x)], axis=0)
-        return np.clip(np.nan_to_num(mean, nan=1e6), -1e6, 1e6)
+        return np.asarray(np.clip(np.nan_to_num(mean, nan=1e6), -1e6, 1e6))
 
     def jacobian(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:
         mean = np.mean([values.jacobian[: x.size, : x.size] for values in at(x)], axis=0)
-        return np.nan_to_num(mean, posinf=0.0, neginf=0.0)
+        return np.asarray(np.nan_to_num(mean, posinf=0.0, neginf=0.0))
 
     def best() -> tuple[bytes, list[BlockValues]]:
         return min(met.items(), key=lambda entry: _size(entry[1]))

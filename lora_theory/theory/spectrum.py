@@ -41,7 +41,8 @@ def stieltjes(
     Example:
         >>> import jax
         >>> with jax.enable_x64(True):
-        ...     real, density = jax.vmap(lambda x: stieltjes(x, 0.7, 0.5))(jnp.linspace(-4, 8, 4001))
+        ...     x = jnp.linspace(-4, 8, 4001)
+        ...     real, density = jax.vmap(lambda x: stieltjes(x, 0.7, 0.5))(x)
         ...     bool(abs(density.sum() * 12 / 4000 - 1) < 1e-3)
         True
     """
@@ -128,7 +129,6 @@ def truncated_second_moment(
 def learned_rank(
     delta: Float[Array, ""], epsilon: Float[Array, ""], teacher_rank: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Share of kept eigenvalues ∫_ε^∞ μ_δ = ∂²_εJ/2, the rank of Ŝ over D (docs/theory.md, section 2)."""
-    return 0.5 * jax.grad(jax.grad(truncated_second_moment, argnums=1), argnums=1)(
-        delta, epsilon, teacher_rank
-    )
+    """Rank of Ŝ over D: the kept share ∫_ε^∞ μ_δ = ∂²_εJ/2 (docs/theory.md, section 2)."""
+    second = jax.grad(jax.grad(truncated_second_moment, argnums=1), argnums=1)
+    return jnp.asarray(0.5 * second(delta, epsilon, teacher_rank))

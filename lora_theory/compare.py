@@ -1,0 +1,219 @@
+"""compare: the theory beside the simulation, observable by observable, with z-scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from lora_theory.observables import FINETUNING, PRETRAINING, Estimate, to_plain
+from lora_theory.problem import Problem, ProblemError
+from lora_theory.simulation import Simulation, simulate
+from lora_theory.status import Status
+from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPrediction, predict
+
+__all__ = ["Agreement", "Comparison", "agreement", "compare", "extrapolate"]
+
+#: Observables whose leading finite-D offset is 1/√D unless the cross term is subtracted.
+_CROSS_TERMS = {"test_error": "cross_term", "frozen_test_error": "frozen_cross_term"}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One observable in both worlds.
+
+    ``simulation`` is the mean at the one D, or its limit D → ∞ by weighted least squares in
+    D^{-``power``}; ``z`` = (simulation − theory)/√(error² + quadrature error²), None where neither
+    has an error.  ``corrected``: the measured cross term was subtracted first.
+    """
+
+    stage: str
+    observable: str
+    theory: float
+    quadrature_error: float
+    simulation: Estimate
+    power: float | None
+    corrected: bool
+    z: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answer of :func:`compare`: the prediction, the simulations and their agreement."""
+
+    problem: Problem
+    status: Status
+    prediction: Prediction
+    simulations: tuple[Simulation, ...]
+    agreements: tuple[Agreement, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per observable."""
+        rows = []
+        for agreement in self.agreements:
+            row = {**agreement.__dict__}
+            estimate = row.pop("simulation")
+            row |= {"simulation": estimate.mean, "error": estimate.error, "count": estimate.count}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values under the attribute names."""
+        return {
+            "problem": to_plain(self.problem),
+            "status": self.status.value,
+            "agreements": to_plain(self.agreements),
+            "prediction": self.prediction.to_dict(),
+            "simulations": [simulation.to_dict() for simulation in self.simulations],
+        }
+
+
+def compare(
+    problem: Problem,
+    dims: int | Sequence[int],
+    seeds: int,
+    *,
+    seed: int = 0,
+    starts: int = 1,
+    dtype: str = "float64",
+    device: str | None = None,
+    nodes: int | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Predict, simulate at one or several D, and say how far apart the two are.
+
+    At one D the finite-D offset is part of the difference.  From several D every observable is
+    extrapolated by weighted least squares in 1/D; the test errors of fine-tuning, whose offset is
+    1/√D, have the measured cross term 2(T+1)/T (w*ᵀKw* − wᵀKw)/D^{3/2}, K = S0 − Ŝ, subtracted
+    (linear attention, where that leaves 1/D) or are extrapolated in 1/√D (softmax): docs/theory.md,
+    section 7.  The simulation starts where the predicted branch is: at w* for "informed", else the
+    random start of lowest loss.
+
+    Args:
+        dims: D, or several different D. seeds: runs per D, at least 2.
+        seed, starts, dtype, device, progress: as in :func:`lora_theory.simulate`.
+        nodes: as in :func:`lora_theory.predict`.
+
+    Raises:
+        ProblemError: an argument is not allowed.
+
+    Example:
+        >>> from lora_theory import Pretraining, Problem, compare
+        >>> problem = Problem(
+        ...     tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.5,
+        ...     pretraining=Pretraining(samples=0.5, penalty=0.2),
+        ... )
+        >>> comparison = compare(problem, dims=24, seeds=4)
+        >>> comparison.agreements[0].observable, abs(comparison.agreements[0].z) < 6
+        ('Q', True)
+    """
+    several = [dims] if isinstance(dims, int | np.integer) else list(dims)
+    if not several or len(set(several)) != len(several):
+        raise ProblemError(f"dims = {dims!r} is not allowed: it must be one or several different D")
+    if seeds < 2:
+        raise ProblemError(f"seeds = {seeds!r} is not allowed: it must be at least 2 to compare")
+    needs_random = problem.finetuning is not None
+    simulations = tuple(
+        simulate(
+            problem,
+            dim,
+            seeds,
+            seed=seed,
+            starts=max(starts, 1) if needs_random else 0,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+        for dim in several
+    )
+    return agreement(predict(problem, nodes=nodes), simulations)
+
+
+def agreement(prediction: Prediction, simulations: Sequence[Simulation]) -> Comparison:
+    """The comparison of a prediction with simulations of the same problem at different D."""
+    problem = prediction.problem
+    statuses = [prediction.status] + [simulation.status for simulation in simulations]
+    failed = Status.NOT_CONVERGED in statuses
+    return Comparison(
+        problem=problem,
+        status=Status.NOT_CONVERGED if failed else prediction.status,
+        prediction=prediction,
+        simulations=tuple(simulations),
+        agreements=tuple(_agreements(prediction, simulations)),
+    )
+
+
+def _agreements(prediction: Prediction, simulations: Sequence[Simulation]) -> Iterator[Agreement]:
+    tokens, linear = prediction.problem.tokens, prediction.problem.activation == "linear"
+    dims = [simulation.dim for simulation in simulations]
+    for name in PRETRAINING:
+        samples = [_samples(simulation, "pretraining", name) for simulation in simulations]
+        yield _agree("pretraining", name, prediction.pretraining, samples, dims)
+    lora = prediction.finetuning
+    if lora is None:
+        return
+    start = "finetuning" if lora.branch == "informed" else "finetuning_random"
+    for name in FINETUNING:
+        samples = [_samples(simulation, start, name) for simulation in simulations]
+        corrected = linear and name in _CROSS_TERMS
+        if corrected:
+            factor, term = 2 * (tokens + 1) / tokens, _CROSS_TERMS[name]
+            offsets = [_samples(simulation, start, term) for simulation in simulations]
+            samples = [s - factor * o for s, o in zip(samples, offsets, strict=True)]
+        power = 0.5 if name in _CROSS_TERMS and not linear else 1.0
+        yield _agree("finetuning", name, lora, samples, dims, power, corrected)
+
+
+def _samples(simulation: Simulation, part: str, name: str) -> Float[np.ndarray, " seeds"]:
+    """One number per run; of several random starts the one of lowest loss."""
+    if part != "finetuning_random":
+        return np.array([run[f"{part}.{name}"] for run in simulation.runs])
+    starts = range(simulation.environment["starts"])
+    return np.array(
+        [
+            min((run[f"{part}.{k}.objective"], run[f"{part}.{k}.{name}"]) for k in starts)[1]
+            for run in simulation.runs
+        ]
+    )
+
+
+def _agree(
+    stage: str,
+    name: str,
+    theory: PretrainingPrediction | FinetuningPrediction,
+    samples: Sequence[Float[np.ndarray, " seeds"]],
+    dims: Sequence[int],
+    power: float = 1.0,
+    corrected: bool = False,
+) -> Agreement:
+    simulation = extrapolate([Estimate.of(sample) for sample in samples], dims, power)
+    value, quadrature = float(getattr(theory, name)), theory.quadrature_error[name]
+    error = math.hypot(simulation.error or 0.0, quadrature)
+    z = (simulation.mean - value) / error if error > 0 and math.isfinite(value) else None
+    used = power if len(dims) > 1 else None
+    return Agreement(stage, name, value, quadrature, simulation, used, corrected, z)
+
+
+def extrapolate(estimates: Sequence[Estimate], dims: Sequence[int], power: float) -> Estimate:
+    """The limit D → ∞ of estimates at several D: weighted least squares in a + b·D^{-power}.
+
+    One estimate is returned as it is.  The error is that of the fit, from the errors of the points.
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    means = np.array([estimate.mean for estimate in estimates])
+    errors = np.array([estimate.error for estimate in estimates], dtype=float)
+    design = np.stack([np.ones(len(dims)), np.asarray(dims, dtype=float) ** -power], axis=1)
+    if not np.all(errors > 0):  # exact observables, such as those of weights that vanish
+        limit = np.linalg.lstsq(design, means, rcond=None)[0][0]
+        return Estimate(float(limit), 0.0, sum(estimate.count for estimate in estimates))
+    weighted = design / errors[:, None]
+    covariance = np.linalg.inv(weighted.T @ weighted)
+    limit = (covariance @ weighted.T @ (means / errors))[0]
+    count = sum(estimate.count for estimate in estimates)
+    return Estimate(float(limit), math.sqrt(covariance[0, 0]), count)
