@@ -19,8 +19,10 @@ from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPred
 
 __all__ = ["Agreement", "Comparison", "agreement", "compare", "extrapolate"]
 
-#: Observables whose leading finite-D offset is 1/√D unless the cross term is subtracted.
+#: The measured cross term in the test errors of fine-tuning.
 _CROSS_TERMS = {"test_error": "cross_term", "frozen_test_error": "frozen_cross_term"}
+#: Observables of fine-tuning whose leading finite-D offset is 1/√D; the others have 1/D.
+_ROOT_OFFSETS = ("q", "m", "train_error", *_CROSS_TERMS)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ def compare(
     """Predict, simulate at one or several D, and say how far apart the two are.
 
     At one D the finite-D offset is part of the difference.  From several D every observable is
-    extrapolated by weighted least squares in 1/D; the test errors of fine-tuning, whose offset is
-    1/√D, have the measured cross term 2(T+1)/T (w*ᵀKw* − wᵀKw)/D^{3/2}, K = S0 − Ŝ, subtracted
-    (linear attention, where that leaves 1/D) or are extrapolated in 1/√D (softmax): docs/theory.md,
-    section 7.  The simulation starts where the predicted branch is: at w* for "informed", else the
+    extrapolated by weighted least squares in 1/D, or in 1/√D for q, m and the errors of
+    fine-tuning, where the task is correlated with K = S0 − Ŝ.  For linear attention the measured
+    cross term 2(T+1)/T (w*ᵀKw* − wᵀKw)/D^{3/2} is subtracted from the test errors, which leaves
+    1/D (docs/theory.md, section 7).  The simulation starts where the predicted branch is: at w* for "informed", else the
     random start of lowest loss.
 
     Args:
@@ -165,7 +167,7 @@ def _agreements(prediction: Prediction, simulations: Sequence[Simulation]) -> It
             factor, term = 2 * (tokens + 1) / tokens, _CROSS_TERMS[name]
             offsets = [_samples(simulation, start, term) for simulation in simulations]
             samples = [s - factor * o for s, o in zip(samples, offsets, strict=True)]
-        power = 0.5 if name in _CROSS_TERMS and not linear else 1.0
+        power = 0.5 if name in _ROOT_OFFSETS and not corrected else 1.0
         yield _agree("finetuning", name, lora, samples, dims, power, corrected)
 
 

@@ -61,7 +61,7 @@ def vector_overlaps(vector: Vector, task_vector: Vector) -> Numbers:
 
 
 def cross_terms(weights: Matrix, teacher: Matrix, vector: Vector, task_vector: Vector) -> Numbers:
-    """(w*ᵀKw* − wᵀKw)/D^{3/2} and w*ᵀKw*/D^{3/2} with K = S₀ − Ŝ (docs/theory.md, section 10).
+    """(w*ᵀKw* − wᵀKw)/D^{3/2} and w*ᵀKw*/D^{3/2} with K = S₀ − Ŝ (docs/theory.md, section 7).
 
     They are O(1/√D) and absent from the asymptotics: for σ(A) = A/T the test error E' (the frozen
     one) of a finite system holds exactly 2(T+1)/T times the first (the second).

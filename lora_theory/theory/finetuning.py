@@ -7,7 +7,6 @@ the same nodes, jumps of the proximal operator included.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 from scipy.special import gammaincinv, ndtr
 
 from lora_theory.attention import attention
+from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
 from lora_theory.theory.pretraining import (
     SMALLEST_VARIANCE,
@@ -81,7 +81,7 @@ def node_dimension(tokens: int, activation: str) -> int:
     return 2 * field_count(tokens, "softmax") + 2 * tokens
 
 
-@partial(jax.jit, static_argnames=("tokens",))
+@quickly_compiled("tokens")
 def _eigenbasis(
     nodes: Array, chi: Array, training_noise: Array, signal: Array, tokens: int
 ) -> tuple[Array, ...]:
@@ -206,7 +206,7 @@ def _softmax_output(
     return _collect(prox, signal, noise, slope, errors)
 
 
-@partial(jax.jit, static_argnames=("activation", "tokens", "reused"))
+@quickly_compiled("activation", "tokens", "reused")
 def _evaluate(
     unknowns: Array,
     frozen: Array,

@@ -8,7 +8,6 @@ included.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
 from lora_theory.problem import Problem
+from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, to_fields
 from lora_theory.theory.newton import solve_positive_definite
 from lora_theory.theory.proximal import Proximal, softmax_field_proximal
@@ -160,7 +160,7 @@ def stein_trace(prox: Proximal) -> Float[Array, " nodes"]:
     return count - jnp.einsum("iiN->N", solve_positive_definite(prox.hessian, eye)[0])
 
 
-@partial(jax.jit, static_argnames=("activation", "tokens"))
+@quickly_compiled("activation", "tokens")
 def _evaluate(
     unknowns: Array, nodes: Array, constants: Constants, activation: str, tokens: int
 ) -> tuple[Array, Array, Array]:

@@ -19,7 +19,7 @@ from lora_theory.theory.newton import Expansion, Objective, minimise, solve_posi
 
 __all__ = ["Proximal", "linear_lora_proximal", "softmax_field_proximal", "softmax_lora_proximal"]
 
-_SCOUT_TOLERANCE, _POLISH_TOLERANCE, _MAX_STEPS = 1e-4, 1e-8, 60
+_TOLERANCE, _MAX_STEPS = 1e-6, 60
 _BISECTIONS = 48
 
 
@@ -112,30 +112,28 @@ def _global_minimum(
     center: Array,
     variance: Array,
 ) -> Proximal:
-    """Descend from every start and polish the lowest minimum; the next lowest is its rival."""
+    """The lowest of the minima reached from the starts; the next lowest distinct one is its rival."""
     count, nodes = len(starts), starts[0].shape[-1]
     fixed = tuple(jax.lax.stop_gradient(entry) for entry in data)
     tiled = tuple(jnp.concatenate([entry] * count, axis=-1) for entry in fixed)
     stiffness = jax.lax.stop_gradient(1 / variance)
-    scouts = minimise(
+    minima = minimise(
         objective,
         jax.lax.stop_gradient(jnp.concatenate(starts, axis=-1)),
         tiled,
         stiffness,
-        tolerance=_SCOUT_TOLERANCE,
+        tolerance=_TOLERANCE,
         max_steps=_MAX_STEPS,
     )
-    values = objective(scouts, *tiled).value.reshape(count, nodes)
-    scouts = scouts.reshape(-1, count, nodes)
-    best = jnp.take_along_axis(scouts, jnp.argmin(values, axis=0)[None, None], axis=1)[:, 0]
-    distance = jnp.max(jnp.abs(scouts - best[:, None]), axis=0)
-    distinct = distance > 1e-2 * (1e-6 + jnp.max(jnp.abs(best), axis=0))
-    second = jnp.argmin(jnp.where(distinct, values, jnp.inf), axis=0)
-    rival = jnp.take_along_axis(scouts, second[None, None], axis=1)[:, 0]
-    gap = jnp.min(jnp.where(distinct, values, jnp.inf), axis=0) - jnp.min(values, axis=0)
-    point = minimise(
-        objective, best, fixed, stiffness, tolerance=_POLISH_TOLERANCE, max_steps=_MAX_STEPS
-    )
+    values = objective(minima, *tiled).value.reshape(count, nodes)
+    minima = minima.reshape(-1, count, nodes)
+    best = jnp.argmin(values, axis=0)
+    point = jnp.take_along_axis(minima, best[None, None], axis=1)[:, 0]
+    distance = jnp.max(jnp.abs(minima - point[:, None]), axis=0)
+    distinct = distance > 1e-2 * (1e-6 + jnp.max(jnp.abs(point), axis=0))
+    others = jnp.where(distinct, values, jnp.inf)
+    rival = jnp.take_along_axis(minima, jnp.argmin(others, axis=0)[None, None], axis=1)[:, 0]
+    gap = jnp.min(others, axis=0) - jnp.min(values, axis=0)
     expansion = objective(point, *data)
     point = _implicit(point, expansion)
     final = objective(point, *data)

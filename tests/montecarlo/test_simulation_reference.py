@@ -62,7 +62,7 @@ def test_sampled_errors_are_the_exact_ones_of_linear_attention(tmp_path, sequenc
 
 
 #: Two stages of linear attention, T=2, κ0=.5, κ=1, Δ=.5, α=.2, α'=3, λ'=.2, D=100: docs/theory.md,
-#: section 10, means of the 4 seeds simulated there.
+#: section 7, means of the 4 seeds simulated there.
 TABLE = {
     (0.02, "fresh"): {"overlap": 0.9785, "test_error": 0.9244},
     (0.02, "reused"): {"overlap": 0.9962, "test_error": 0.8402},

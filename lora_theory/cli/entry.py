@@ -1,0 +1,137 @@
+"""main: one command from its arguments to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from enum import IntEnum
+from importlib.metadata import PackageNotFoundError, version
+from typing import TextIO
+
+from lora_theory.cli.commands import COMMANDS
+from lora_theory.cli.flags import PROGRAM, given, parse
+from lora_theory.problem import ProblemError
+
+__all__ = ["Exit", "main"]
+
+_LONGEST_MESSAGE = 600
+
+
+class Exit(IntEnum):
+    """Exit codes; those above 2 follow the conventions of shells and sysexits.h."""
+
+    SOLVED = 0
+    NOT_CONVERGED = 1
+    BAD_INPUT = 2
+    BUG = 70
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the arguments are those of the process unless given.
+
+    Returns:
+        0 solved, 1 not converged (the result is printed, its status says so), 2 bad input (a
+        message on stderr, no result, no file), 130 interrupted.
+
+    Example:
+        >>> main(["--version"]).name
+        lora-theory ...
+        'SOLVED'
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _show_greek_or_a_substitute()
+    try:
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except ProblemError as refusal:
+        return _complain(str(refusal), _command_name(arguments))
+    except KeyboardInterrupt:
+        _complain("interrupted", _command_name(arguments))
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return Exit.BROKEN_PIPE
+    except Exception as error:
+        if _out_of_memory(error):
+            return _complain("not enough memory for this problem and these settings")
+        traceback.print_exc()
+        _complain("this is a bug in lora_theory; please report it with the lines above")
+        return Exit.BUG
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(PROGRAM, _version())
+        return Exit.SOLVED
+    if not arguments or not arguments[0].startswith("-"):
+        _check_command(arguments)
+    parsed = parse(arguments, tuple(COMMANDS.values()))
+    if parsed is None:
+        return Exit.SOLVED
+    command = COMMANDS[type(parsed).__name__]
+    solved = command.run(given(command, parsed))
+    return Exit.SOLVED if solved else Exit.NOT_CONVERGED
+
+
+def _check_command(arguments: list[str]) -> None:
+    allowed = f"it must be one of {', '.join(COMMANDS)} (see {PROGRAM} --help)"
+    if not arguments:
+        raise ProblemError(f"the command is missing: {allowed}")
+    name = arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ProblemError(f"command {name!r} is not allowed: {allowed}{hint}")
+
+
+def _command_name(arguments: list[str]) -> str:
+    return arguments[0] if arguments and arguments[0] in COMMANDS else ""
+
+
+def _version() -> str:
+    try:
+        return version("lora-theory")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _complain(message: str, command: str = "") -> int:
+    """One message of a few lines on stderr, whatever was in the value it quotes."""
+    if sys.stderr is not None:
+        who = f"{PROGRAM} {command}".rstrip()
+        text = " ".join(message.split())
+        if len(text) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            text = f"{text[:half]} … {text[-half:]}"
+        wrapped = textwrap.wrap(
+            f"{who}: {text}", 200, subsequent_indent="  ", break_on_hyphens=False
+        )
+        with contextlib.suppress(OSError):
+            print("\n".join(wrapped), file=sys.stderr, flush=True)
+    return Exit.BAD_INPUT
+
+
+def _show_greek_or_a_substitute() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIO) or hasattr(stream, "reconfigure"):
+            with contextlib.suppress(Exception):
+                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from complaining about the closed pipe when it flushes at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

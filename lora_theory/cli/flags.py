@@ -1,0 +1,254 @@
+"""Flags from field definitions, and values from the text of flags.
+
+Every flag takes plain text: :class:`~lora_theory.problem.Problem` and the public calls check the
+values, so that a flag, a TOML key and an argument are refused with the same words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Union
+
+import tyro
+
+from lora_theory.problem import FieldSpec, Problem, ProblemError, read_toml
+
+__all__ = ["PROGRAM", "Command", "Given", "Setting", "given", "number", "parse"]
+
+PROGRAM = "lora-theory"
+_DESCRIPTION = (
+    "Pre-training and rank-one LoRA fine-tuning of an attention layer in high dimension: what "
+    f"theory predicts, what training gives.  `{PROGRAM} COMMAND --help` lists the flags of a "
+    f"command, `{PROGRAM} --version` prints the version.  Exit codes: 0 solved, 1 not converged, "
+    "2 bad input."
+)
+_GROUPS = {
+    "pretraining": "First stage: W is trained on N sequences, then frozen.",
+    "finetuning": "Second stage: rank-one LoRA on N' sequences; without these flags there is none.",
+}
+_GENERAL = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+
+
+class Setting(NamedTuple):
+    """A flag beside the fields of the problem: how to compute, not what is asked."""
+
+    name: str
+    meaning: str
+    allowed: str = ""
+    kind: Literal["integer", "natural", "integers", "number", "text", "switch"] = "text"
+    metavar: str = "TEXT"
+    default: Any = None  # for the help; the call knows its default itself
+    required: bool = False
+
+
+class Given(NamedTuple):
+    """What the user asked for; ``settings`` holds only what was given."""
+
+    problem: Problem | None
+    settings: dict[str, Any]
+    json: bool
+
+
+class Command(NamedTuple):
+    """A subcommand: its help, its settings, and what it runs."""
+
+    name: str
+    help: str
+    settings: tuple[Setting, ...]
+    run: Callable[[Given], bool]
+    takes_problem: bool = True
+    offers_json: bool = True
+
+
+def parse(arguments: Sequence[str], commands: Sequence[Command]) -> Any:
+    """The parsed flags, as an object of a class named after the command; None if help was printed.
+
+    Raises:
+        ProblemError: an unknown flag, a missing value, one argument too many.
+    """
+    forms = tuple(
+        Annotated[_form(c), tyro.conf.subcommand(name=c.name)]  # type: ignore[misc]
+        for c in commands
+    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(
+                Union[forms],
+                prog=PROGRAM,
+                description=_DESCRIPTION,
+                args=list(arguments),
+                config=_GENERAL,
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as ended:
+        if not ended.code:
+            return None
+        raise ProblemError(_without_box(complaint.getvalue())) from ended
+    if unknown:
+        command = next(c for c in commands if c.name == type(parsed).__name__)
+        raise ProblemError(_unknown(unknown[0], command))
+    return parsed
+
+
+def given(command: Command, parsed: Any) -> Given:
+    """Problem and settings from parsed flags.
+
+    Raises:
+        ProblemError: a value is not allowed, or a required one is missing.
+    """
+    settings: dict[str, Any] = {}
+    for setting in command.settings:
+        value = getattr(parsed, setting.name)
+        if value not in (None, (), False):
+            settings[setting.name] = _converted(setting, value)
+        elif setting.required:
+            raise ProblemError(f"{setting.name} is missing: {setting.meaning}, {setting.allowed}")
+    problem = _problem(parsed) if command.takes_problem else None
+    return Given(problem, settings, command.offers_json and parsed.json)
+
+
+def number(text: str) -> int | float | str:
+    """The integer or float that a text spells, or the text itself.
+
+    Example:
+        >>> number("2"), number("2.0"), number("-1e-3"), number("two")
+        (2, 2.0, -0.001, 'two')
+    """
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            return (
+                value if abs(value) < 10**300 or kind is float else math.copysign(math.inf, value)
+            )
+    return text
+
+
+def _problem(parsed: Any) -> Problem:
+    """The problem of the TOML file, if one is named, with the given flags in place of its values."""
+    raw: dict[str, Any] = read_toml(parsed.file) if parsed.file else {}
+    for spec in Problem.specs():
+        group, _, name = spec.name.rpartition(".")
+        text = getattr(getattr(parsed, group) if group else parsed, name)
+        if text is None:
+            continue
+        table = raw.setdefault(group, {}) if group else raw
+        if isinstance(table, dict):  # anything else in the file is refused below
+            table[name] = text if spec.choices else number(text)
+    return Problem.from_dict(raw)
+
+
+def _converted(setting: Setting, value: Any) -> Any:
+    if setting.kind == "integers":
+        return [_converted(setting._replace(kind="integer"), text) for text in value]
+    if setting.kind in ("text", "switch"):
+        return value
+    converted = number(value)
+    wrong = not isinstance(converted, int) and (
+        setting.kind != "number" or isinstance(converted, str)
+    )
+    if wrong or (setting.kind == "natural" and converted < 0):  # type: ignore[operator]
+        shown = converted if isinstance(converted, float) else value
+        raise ProblemError(
+            f"{setting.name} = {shown!r} is not allowed: it must be {setting.allowed}"
+        )
+    return converted
+
+
+# -- classes for tyro --------------------------------------------------------------------------
+
+
+def _form(command: Command) -> type:
+    """The dataclass whose fields are the flags of a command."""
+    fields: list[Any] = []
+    if command.takes_problem:
+        where = "TOML file with the problem; flags override it"
+        fields.append(_field("file", Annotated[str, tyro.conf.Positional], "[FILE]", where))
+        specs = Problem.specs()
+        fields += [_problem_field(spec) for spec in specs if "." not in spec.name]
+        for group, meaning in _GROUPS.items():
+            inner = [_problem_field(spec) for spec in specs if spec.name.startswith(f"{group}.")]
+            table = dataclasses.make_dataclass(group, inner)
+            table.__doc__ = meaning
+            fields.append((group, table, dataclasses.field(default_factory=table)))
+    for setting in command.settings:
+        fields.append(_setting_field(setting))
+    if command.offers_json:
+        fields.append(_field("json", bool, "", "the result as JSON on stdout", default=False))
+    form = dataclasses.make_dataclass(command.name, fields)
+    form.__doc__ = command.help
+    return form
+
+
+def _problem_field(spec: FieldSpec) -> Any:
+    return _field(
+        spec.name.rpartition(".")[2],
+        str,
+        f"{{{','.join(spec.choices)}}}" if spec.choices else spec.symbol,
+        f"{spec.symbol}: {spec.meaning}" + ("" if spec.choices else f"; {spec.allowed}"),
+        hint="" if spec.default is dataclasses.MISSING else f"(default: {spec.default})",
+    )
+
+
+def _setting_field(setting: Setting) -> Any:
+    kind, default = {
+        "switch": (bool, False),
+        "integers": (tuple[str, ...], ()),
+    }.get(setting.kind, (str, None))
+    hint = "(required)" if setting.required else ""
+    if setting.default is not None:
+        hint = f"(default: {setting.default})"
+    text = "; ".join(part for part in (setting.meaning, setting.allowed) if part)
+    return _field(setting.name, kind, setting.metavar, text, default=default, hint=hint)
+
+
+def _field(
+    name: str, kind: Any, metavar: str, text: str, *, default: Any = None, hint: str = ""
+) -> Any:
+    described = tyro.conf.arg(metavar=metavar or None, help=text, help_behavior_hint=hint)
+    optional = kind if default is not None else kind | None
+    return (name, Annotated[optional, described], dataclasses.field(default=default))
+
+
+# -- the words of a refusal --------------------------------------------------------------------
+
+
+def _flag_names(command: Command) -> list[str]:
+    fields = [f"--{spec.name}" for spec in Problem.specs()] if command.takes_problem else []
+    return fields + [f"--{s.name}" for s in command.settings] + ["--json"] * command.offers_json
+
+
+def _unknown(token: str, command: Command) -> str:
+    if not token.startswith("-"):
+        return f"{token!r} is one argument too many (see {PROGRAM} {command.name} --help)"
+    flag = token.partition("=")[0]
+    near = difflib.get_close_matches(flag.replace("-", "_"), _flag_names(command), 1, 0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return (
+        f"{flag} is not a flag of {command.name}: {hint}{PROGRAM} {command.name} --help lists them"
+    )
+
+
+def _without_box(text: str) -> str:
+    """What tyro says, without colours, frame and rules."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    plain = re.sub(r"[╭╮╰╯│]|─{2,}|^[+|]|[+|]$|-{4,}", " ", plain, flags=re.MULTILINE)
+    lines = [" ".join(line.split()) for line in plain.splitlines()]
+    return ". ".join(line.rstrip(".") for line in lines if line) or "the flags cannot be read"
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Flags that spell dotted fields and their values.
+
+    Example:
+        >>> as_flags({"tokens": 2, "pretraining.penalty": 0.1})
+        ['--tokens', '2', '--pretraining.penalty', '0.1']
+    """
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
