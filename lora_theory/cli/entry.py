@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import os
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from enum import IntEnum
 from importlib.metadata import PackageNotFoundError, version
-from typing import TextIO
 
 from lora_theory.cli.commands import COMMANDS
+from lora_theory.cli.exits import Exit
 from lora_theory.cli.flags import PROGRAM, given, parse
 from lora_theory.problem import ProblemError
 
-__all__ = ["Exit", "main"]
+__all__ = ["main"]
 
 _LONGEST_MESSAGE = 600
-
-
-class Exit(IntEnum):
-    """Exit codes; those above 2 follow the conventions of shells and sysexits.h."""
-
-    SOLVED = 0
-    NOT_CONVERGED = 1
-    BAD_INPUT = 2
-    BUG = 70
-    INTERRUPTED = 130
-    BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message on stderr, no result, no file), 130 interrupted.
 
     Example:
-        >>> main(["--version"]).name
+        >>> int(main(["--version"]))
         lora-theory ...
-        'SOLVED'
+        0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _show_greek_or_a_substitute()
@@ -60,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return Exit.BROKEN_PIPE
+    except OSError as error:
+        _forget_stdout()
+        _complain(f"the result cannot be written: {error.strerror or error}")
+        return Exit.NOT_WRITTEN
     except Exception as error:
         if _out_of_memory(error):
             return _complain("not enough memory for this problem and these settings")
@@ -72,14 +65,13 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] in (["--version"], ["-V"]):
         print(PROGRAM, _version())
         return Exit.SOLVED
-    if not arguments or not arguments[0].startswith("-"):
+    if arguments[:1] not in (["--help"], ["-h"]):
         _check_command(arguments)
     parsed = parse(arguments, tuple(COMMANDS.values()))
     if parsed is None:
         return Exit.SOLVED
     command = COMMANDS[type(parsed).__name__]
-    solved = command.run(given(command, parsed))
-    return Exit.SOLVED if solved else Exit.NOT_CONVERGED
+    return command.run(given(command, parsed))
 
 
 def _check_command(arguments: list[str]) -> None:
@@ -87,7 +79,7 @@ def _check_command(arguments: list[str]) -> None:
     if not arguments:
         raise ProblemError(f"the command is missing: {allowed}")
     name = arguments[0]
-    if name not in COMMANDS:
+    if name not in COMMANDS and not name.startswith("--tyro-"):  # tyro's shell completion
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ProblemError(f"command {name!r} is not allowed: {allowed}{hint}")
@@ -122,9 +114,8 @@ def _complain(message: str, command: str = "") -> int:
 
 def _show_greek_or_a_substitute() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIO) or hasattr(stream, "reconfigure"):
-            with contextlib.suppress(Exception):
-                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _forget_stdout() -> None:

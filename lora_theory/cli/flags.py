@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
-import math
+import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -22,12 +23,11 @@ from lora_theory.problem import FieldSpec, Problem, ProblemError, read_toml
 __all__ = ["PROGRAM", "Command", "Given", "Setting", "given", "number", "parse"]
 
 PROGRAM = "lora-theory"
-_DESCRIPTION = (
-    "Pre-training and rank-one LoRA fine-tuning of an attention layer in high dimension: what "
-    f"theory predicts, what training gives.  `{PROGRAM} COMMAND --help` lists the flags of a "
-    f"command, `{PROGRAM} --version` prints the version.  Exit codes: 0 solved, 1 not converged, "
-    "2 bad input."
-)
+_DESCRIPTION = f"""\
+Theory and simulation of the pre-training and rank-one LoRA fine-tuning of attention.
+  {PROGRAM} COMMAND --help  flags of a command
+  {PROGRAM} --version       version of the package
+  exit codes                 0 solved, 1 not converged (result printed), 2 bad input"""
 _GROUPS = {
     "pretraining": "First stage: W is trained on N sequences, then frozen.",
     "finetuning": "Second stage: rank-one LoRA on N' sequences; without these flags there is none.",
@@ -61,7 +61,7 @@ class Command(NamedTuple):
     name: str
     help: str
     settings: tuple[Setting, ...]
-    run: Callable[[Given], bool]
+    run: Callable[[Given], int]
     takes_problem: bool = True
     offers_json: bool = True
 
@@ -72,15 +72,12 @@ def parse(arguments: Sequence[str], commands: Sequence[Command]) -> Any:
     Raises:
         ProblemError: an unknown flag, a missing value, one argument too many.
     """
-    forms = tuple(
-        Annotated[_form(c), tyro.conf.subcommand(name=c.name)]  # type: ignore[misc]
-        for c in commands
-    )
+    forms: Any = [Annotated[_form(c), tyro.conf.subcommand(name=c.name)] for c in commands]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             parsed, unknown = tyro.cli(
-                Union[forms],
+                functools.reduce(operator.or_, forms),
                 prog=PROGRAM,
                 description=_DESCRIPTION,
                 args=list(arguments),
@@ -110,7 +107,7 @@ def given(command: Command, parsed: Any) -> Given:
         if value not in (None, (), False):
             settings[setting.name] = _converted(setting, value)
         elif setting.required:
-            raise ProblemError(f"{setting.name} is missing: {setting.meaning}, {setting.allowed}")
+            raise ProblemError(f"{setting.name} is missing: it must be {setting.allowed}")
     problem = _problem(parsed) if command.takes_problem else None
     return Given(problem, settings, command.offers_json and parsed.json)
 
@@ -122,17 +119,17 @@ def number(text: str) -> int | float | str:
         >>> number("2"), number("2.0"), number("-1e-3"), number("two")
         (2, 2.0, -0.001, 'two')
     """
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            return (
-                value if abs(value) < 10**300 or kind is float else math.copysign(math.inf, value)
-            )
+    with contextlib.suppress(ValueError):
+        whole = int(text)
+        if abs(whole) < 10**300:  # what no float can hold becomes infinite below
+            return whole
+    with contextlib.suppress(ValueError):
+        return float(text)
     return text
 
 
 def _problem(parsed: Any) -> Problem:
-    """The problem of the TOML file, if one is named, with the given flags in place of its values."""
+    """The problem of the TOML file, if one is named, its values replaced by the given flags."""
     raw: dict[str, Any] = read_toml(parsed.file) if parsed.file else {}
     for spec in Problem.specs():
         group, _, name = spec.name.rpartition(".")
@@ -155,9 +152,8 @@ def _converted(setting: Setting, value: Any) -> Any:
         setting.kind != "number" or isinstance(converted, str)
     )
     if wrong or (setting.kind == "natural" and converted < 0):  # type: ignore[operator]
-        shown = converted if isinstance(converted, float) else value
         raise ProblemError(
-            f"{setting.name} = {shown!r} is not allowed: it must be {setting.allowed}"
+            f"{setting.name} = {converted!r} is not allowed: it must be {setting.allowed}"
         )
     return converted
 
@@ -170,7 +166,7 @@ def _form(command: Command) -> type:
     fields: list[Any] = []
     if command.takes_problem:
         where = "TOML file with the problem; flags override it"
-        fields.append(_field("file", Annotated[str, tyro.conf.Positional], "[FILE]", where))
+        fields.append(_field("file", str, "[FILE]", where, positional=True))
         specs = Problem.specs()
         fields += [_problem_field(spec) for spec in specs if "." not in spec.name]
         for group, meaning in _GROUPS.items():
@@ -192,7 +188,7 @@ def _problem_field(spec: FieldSpec) -> Any:
         spec.name.rpartition(".")[2],
         str,
         f"{{{','.join(spec.choices)}}}" if spec.choices else spec.symbol,
-        f"{spec.symbol}: {spec.meaning}" + ("" if spec.choices else f"; {spec.allowed}"),
+        spec.meaning + ("" if spec.choices else f"; {spec.allowed}"),
         hint="" if spec.default is dataclasses.MISSING else f"(default: {spec.default})",
     )
 
@@ -210,11 +206,20 @@ def _setting_field(setting: Setting) -> Any:
 
 
 def _field(
-    name: str, kind: Any, metavar: str, text: str, *, default: Any = None, hint: str = ""
+    name: str,
+    kind: Any,
+    metavar: str,
+    text: str,
+    *,
+    default: Any = None,
+    hint: str = "",
+    positional: bool = False,
 ) -> Any:
     described = tyro.conf.arg(metavar=metavar or None, help=text, help_behavior_hint=hint)
-    optional = kind if default is not None else kind | None
-    return (name, Annotated[optional, described], dataclasses.field(default=default))
+    annotated: Any = Annotated[kind if default is not None else kind | None, described]
+    if positional:
+        annotated = Annotated[annotated, tyro.conf.Positional]
+    return (name, annotated, dataclasses.field(default=default))
 
 
 # -- the words of a refusal --------------------------------------------------------------------
@@ -229,7 +234,7 @@ def _unknown(token: str, command: Command) -> str:
     if not token.startswith("-"):
         return f"{token!r} is one argument too many (see {PROGRAM} {command.name} --help)"
     flag = token.partition("=")[0]
-    near = difflib.get_close_matches(flag.replace("-", "_"), _flag_names(command), 1, 0.4)
+    near = difflib.get_close_matches(flag.replace("-", "_"), _flag_names(command), 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return (
         f"{flag} is not a flag of {command.name}: {hint}{PROGRAM} {command.name} --help lists them"
@@ -239,16 +244,6 @@ def _unknown(token: str, command: Command) -> str:
 def _without_box(text: str) -> str:
     """What tyro says, without colours, frame and rules."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    plain = re.sub(r"[╭╮╰╯│]|─{2,}|^[+|]|[+|]$|-{4,}", " ", plain, flags=re.MULTILINE)
+    plain = re.sub(r"[╭╮╰╯│]|─+|^[+|]|[+|]$|-{4,}", " ", plain, flags=re.MULTILINE)
     lines = [" ".join(line.split()) for line in plain.splitlines()]
     return ". ".join(line.rstrip(".") for line in lines if line) or "the flags cannot be read"
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Flags that spell dotted fields and their values.
-
-    Example:
-        >>> as_flags({"tokens": 2, "pretraining.penalty": 0.1})
-        ['--tokens', '2', '--pretraining.penalty', '0.1']
-    """
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]

@@ -21,6 +21,7 @@ from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to
 from lora_theory.theory.pretraining import (
     SMALLEST_VARIANCE,
     frozen_coordinates,
+    log_ratio,
     paired,
     stein_trace,
 )
@@ -233,8 +234,8 @@ def _evaluate(
         v_hat = response + 2 * alpha * out.norm_slope
         m_hat = alpha / q0 * out.force_signal + m / q0 * response
         R = 2 * task.penalty + v_hat
-        growth = 0.5 * (q_hat * v**2 / s**2 - 1)
-        free = jnp.stack([growth, m_hat * v - m / q0, 1 - v * R])
+        growth = 0.5 * log_ratio(q_hat * v**2 / s**2)
+        free = jnp.stack([growth, m_hat * v - m / q0, -log_ratio(v * R)])
         fixed = jnp.stack([ZERO_SPREAD - x[0], -x[1], 0.0])
         residual = jnp.where(held, fixed, free)
         potential = (

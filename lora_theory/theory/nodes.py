@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtri
@@ -10,6 +12,7 @@ from scipy.stats import qmc
 __all__ = ["gaussian_blocks"]
 
 
+@functools.lru_cache(maxsize=16)
 def gaussian_blocks(
     dimension: int, count: int, blocks: int, seed: int
 ) -> Float[np.ndarray, "blocks dimension count"]:
@@ -28,4 +31,6 @@ def gaussian_blocks(
         generator = np.random.default_rng(child)
         uniform = qmc.Sobol(dimension, scramble=True, rng=generator).random(count)
         parts.append(ndtri(np.clip(uniform, 2.0**-54, 1 - 2.0**-54)).T)
-    return np.ascontiguousarray(np.stack(parts))
+    nodes = np.ascontiguousarray(np.stack(parts))
+    nodes.setflags(write=False)
+    return nodes

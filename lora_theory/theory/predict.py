@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -32,8 +33,16 @@ __all__ = ["DEFAULT_NODES", "finetune", "predict"]
 #: Sobol points per block (each is used with its mirror image), by number of tokens.
 DEFAULT_NODES = {1: 4096, 2: 2048, 3: 1024}
 _FEWEST_NODES = 512
-_MATTERING_JUMPS = 0.05
+_MATTERING_JUMPS, _LARGEST_JUMP_RESIDUAL = 0.05, 0.02
 _COLLAPSED = 1e-10
+# (log s, m/q0, log v) at q0 = 1: the uninformed root repels the damped iteration at large α'
+_UNINFORMED_STARTS = np.array(
+    [
+        [math.log(s), 0.0, math.log(v)]
+        for s in (0.15, 0.3, 0.45, 0.7)
+        for v in (0.02, 0.06, 0.2, 0.6)
+    ]
+)
 # an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
 _MERGED_OVERLAP = 0.05
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
@@ -78,7 +87,8 @@ def predict(
     """
     _check_settings(nodes, blocks, tolerance)
     with jax.enable_x64(True):
-        root = _solve_pretraining(problem, nodes, blocks, seed, tolerance)
+        alone = problem.replace(finetuning=None)
+        root = _solve_pretraining(alone, nodes, blocks, seed, tolerance)
         pretraining = _pretraining_prediction(problem, root, tolerance)
         noise = _effective_noise(problem, root)
         branches: tuple[FinetuningPrediction, ...] = ()
@@ -170,6 +180,7 @@ def _node_count(nodes: int | None, tokens: int) -> int:
     return nodes or DEFAULT_NODES.get(tokens, _FEWEST_NODES)
 
 
+@functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once
 def _solve_pretraining(
     problem: Problem, nodes: int | None, blocks: int, seed: int, tolerance: float
 ) -> Root:
@@ -273,6 +284,8 @@ def _solve_branches(
         support = [jnp.asarray(g) for g in gaussian]
         parameters = np.array(frozen)
 
+    scale = 0.5 * math.log(stage.signal)
+
     def branch(held: tuple[bool, bool, bool], spread: float, m: float) -> Root:
         def values(x: Float[np.ndarray, " 3"], block: int) -> Any:
             return lora.finetuning_values(
@@ -281,9 +294,12 @@ def _solve_branches(
             )  # fmt: skip
 
         start = np.array([spread, m, math.log(0.05)])
-        return solve(values, start, blocks=blocks, tolerance=tolerance, parameter_shift=shift)
+        shifted = _UNINFORMED_STARTS + np.array([scale, 0.0, 0.0])
+        others = list(shifted) if held == lora.UNINFORMED else []
+        return solve(
+            values, start, blocks=blocks, tolerance=tolerance, parameter_shift=shift, others=others
+        )
 
-    scale = 0.5 * math.log(stage.signal)
     vanishing = scale + math.log(1e-3)
     found: dict[str, Root] = {}
     informed = branch(lora.INFORMED, scale + math.log(0.1), 0.9)
@@ -323,13 +339,20 @@ def _finetuning_prediction(name: str, root: Root, tolerance: float) -> Finetunin
 def _by_potential(
     predictions: Iterable[FinetuningPrediction],
 ) -> tuple[FinetuningPrediction, ...]:
-    ordered = sorted(predictions, key=lambda p: p.potential)
+    # an unsolved branch has no potential to compare: an informed one is shown first, as such
+    def order(prediction: FinetuningPrediction) -> tuple[int, float]:
+        if prediction.status.is_solved:
+            return 1, prediction.potential
+        return (0 if prediction.branch == "informed" else 2), prediction.potential
+
+    ordered = sorted(predictions, key=order)
     if len(ordered) > 1:
         first, second = ordered[:2]
         error = math.hypot(
             first.quadrature_error["potential"], second.quadrature_error["potential"]
         )
-        if second.potential - first.potential < error and first.status.is_solved:
+        solved = first.status.is_solved and second.status.is_solved
+        if solved and second.potential - first.potential < error:
             ordered[0] = replace(first, status=Status.TIE)
     return tuple(ordered)
 
@@ -340,7 +363,8 @@ def _stage_status(root: Root, jump_mass: float, jump_error: float, tolerance: fl
     jumps = abs(jump_mass) > max(_MATTERING_JUMPS, 4 * jump_error)
     if root.residual < tolerance:
         return Status.JUMPS if jumps else Status.CONVERGED
-    return Status.JUMPS if root.residual < root.residual_noise else Status.NOT_CONVERGED
+    within = root.residual < min(root.residual_noise, _LARGEST_JUMP_RESIDUAL)
+    return Status.JUMPS if within else Status.NOT_CONVERGED
 
 
 def _worst(statuses: list[Status]) -> Status:

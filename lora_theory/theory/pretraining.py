@@ -30,6 +30,7 @@ __all__ = [
     "Constants",
     "frozen_coordinates",
     "linear_effective_noise",
+    "log_ratio",
     "paired",
     "pretraining_values",
     "stein_trace",
@@ -110,6 +111,11 @@ def frozen_coordinates(
     return label, M / label_variance * label + spread * frozen_noise, spread
 
 
+def log_ratio(ratio: Float[Array, ""]) -> Float[Array, ""]:
+    """log x, continued linearly below ½: a relative residual of new over old that knows no sign."""
+    return jnp.where(ratio > 0.5, jnp.log(jnp.maximum(ratio, 0.5)), 2 * ratio - 1 - jnp.log(2.0))
+
+
 def linear_effective_noise(
     Q: Float[Array, ""], M: Float[Array, ""], label_variance: float | Float[Array, ""]
 ) -> Float[Array, ""]:
@@ -178,7 +184,7 @@ def _evaluate(
             - weight_potential(Q_hat, M_hat, V_hat, constants)
         )
         overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
-        residual = [new_Q / Q_hat - 1, new_M / M_hat - 1, new_V / V_hat - 1]
+        residual = [log_ratio(new_Q / Q_hat), log_ratio(new_M / M_hat), log_ratio(new_V / V_hat)]
         observables = [Q, M, V, Q_hat, M_hat, V_hat, potential, test, train, overlap, jumps]
         both = jnp.stack(residual + observables)
         return both, both

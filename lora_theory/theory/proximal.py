@@ -112,7 +112,7 @@ def _global_minimum(
     center: Array,
     variance: Array,
 ) -> Proximal:
-    """The lowest of the minima reached from the starts; the next lowest distinct one is its rival."""
+    """The lowest minimum reached from the starts; the next lowest distinct one is its rival."""
     count, nodes = len(starts), starts[0].shape[-1]
     fixed = tuple(jax.lax.stop_gradient(entry) for entry in data)
     tiled = tuple(jnp.concatenate([entry] * count, axis=-1) for entry in fixed)

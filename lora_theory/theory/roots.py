@@ -7,7 +7,7 @@ blocks is the quadrature error (docs/theory.md, section 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from scipy.optimize import root
 
 __all__ = ["BlockValues", "Root", "solve"]
 
-_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 3, 40, 0.05
+_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 3, 40, 0.05, 3
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP = 0.02
@@ -62,23 +62,25 @@ def solve(
     blocks: int,
     tolerance: float,
     parameter_shift: Float[np.ndarray, "R p"] | None = None,
+    others: Sequence[Float[np.ndarray, " n"]] = (),
 ) -> Root:
     """Damped steps into the basin, then Levenberg–Marquardt (MINPACK); on one block, then on all.
 
     Args:
-        evaluate: values on one block; the residuals are relative, new/old − 1, for unknowns that
-            are logarithms or of order one, so that x + d·residual is a damped iteration.  The last
+        evaluate: values on one block; the residuals are log(new/old), for unknowns that are
+            logarithms, or new − old, so that x + d·residual is a damped iteration.  The last
             unknown relaxes first.
         start: first unknowns.
         blocks: R, number of blocks.
         tolerance: residual at which the search on one block ends.
         parameter_shift: how far the parameters of each block are from their mean (the error handed
             on by the previous stage).
+        others: points to search from where the damped iteration fails, since the root repels it.
 
     Returns:
         The root with the smallest residual met; the caller judges that residual.
     """
-    x = _basin(lambda x: evaluate(x, 0), np.array(start, dtype=np.float64), tolerance)
+    x = _basin(lambda x: evaluate(x, 0), np.array(start, dtype=np.float64), tolerance, others)
     with ThreadPoolExecutor(min(_THREADS, blocks)) as pool:
 
         def everywhere(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
@@ -97,19 +99,20 @@ def _basin(
     evaluate: Callable[[Float[np.ndarray, " n"]], BlockValues],
     x: Float[np.ndarray, " n"],
     tolerance: float,
+    others: Sequence[Float[np.ndarray, " n"]],
 ) -> Float[np.ndarray, " n"]:
     """Damped iteration until Levenberg–Marquardt succeeds from where it has come."""
     for _ in range(4):
         step = np.zeros_like(x)
-        step[-1] = np.clip(evaluate(x).residual[-1], -0.5, 1.0)
-        x = x + 0.7 * np.nan_to_num(step)
+        step[-1] = evaluate(x).residual[-1]
+        x = x + _damped(step)
     best, best_size = x, np.inf
     for _ in range(_BASIN_ROUNDS):
         for _ in range(_BASIN_STEPS):
-            residual = np.nan_to_num(evaluate(x).residual, posinf=1.0, neginf=-1.0)
+            residual = evaluate(x).residual
             if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
                 break
-            x = x + 0.6 * np.clip(residual, -1.0, 1.0)
+            x = x + _damped(residual)
         found, values = _polish(lambda x: [evaluate(x)], x, tolerance, _BLOCK_EVALUATIONS)
         size = _size(values)
         progress = size < 0.5 * best_size
@@ -117,7 +120,22 @@ def _basin(
             best, best_size = found, size
         if size < tolerance or not progress:
             break
+    if best_size > tolerance:
+        nearest = sorted(others, key=lambda x: _size([evaluate(x)]))[:_OTHER_STARTS]
+        for x in nearest:
+            found, values = _polish(lambda x: [evaluate(x)], x, tolerance, _BLOCK_EVALUATIONS)
+            if _size(values) < best_size:
+                best, best_size = found, _size(values)
+            if best_size < tolerance:
+                break
     return best
+
+
+def _damped(residual: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """0.6 of the residual, bounded; the last unknown, a response, may follow the others faster."""
+    bound = np.full(residual.size, 0.7)
+    bound[-1] = 2.0
+    return np.asarray(0.6 * np.clip(np.nan_to_num(residual), -bound, bound))
 
 
 def _polish(

@@ -1,0 +1,115 @@
+"""What the figures share: profiles, points of theory and simulation, style, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lora_theory import Problem, Status, predict, simulate
+
+# Okabe–Ito colours that stay apart in greyscale too, with a line style and a marker each.
+CURVES = (("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#E69F00", "-.", "^"))
+
+STYLE = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much to compute: "quick" for a look, "full" for publication."""
+
+    name: str
+    nodes: int | None  # of the theory, per block; None for the default
+    blocks: int
+    points: int  # per theory curve
+    dim: int
+    seeds: int
+
+    def pick(self, *, quick: Any, full: Any) -> Any:
+        """One of two values, by the name of the profile."""
+        return full if self.name == "full" else quick
+
+
+QUICK = Profile("quick", nodes=64, blocks=4, points=4, dim=48, seeds=4)
+FULL = Profile("full", nodes=None, blocks=8, points=9, dim=150, seeds=4)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One figure: what it computes, how it is drawn from the table alone, and what it says."""
+
+    name: str
+    compute: Callable[[Profile], pd.DataFrame]
+    draw: Callable[[pd.DataFrame], Figure]
+    caption: Callable[[pd.DataFrame], str]
+
+    def run(self, profile: Profile, folder: Path) -> None:
+        """Compute the table, write it, and draw from what was written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.compute(profile).to_csv(folder / f"{self.name}.csv", index=False, float_format="%.8g")
+        self.redraw(folder)
+
+    def redraw(self, folder: Path) -> None:
+        """Draw the figure again from its table."""
+        table = pd.read_csv(folder / f"{self.name}.csv")
+        with mpl.rc_context(STYLE):
+            figure = self.draw(table)
+            figure.savefig(folder / f"{self.name}.png")
+            figure.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None})
+            plt.close(figure)
+        (folder / f"{self.name}.md").write_text(self.caption(table) + "\n", encoding="utf-8")
+
+
+#: Observables of fine-tuning that the tables hold.
+OBSERVED = ("test_error", "overlap", "frozen_test_error")
+
+
+def theory_rows(problem: Problem, labels: Mapping[str, Any], profile: Profile) -> Iterator[dict]:
+    """Tidy rows of the prediction, one per observable of fine-tuning."""
+    prediction = predict(problem, nodes=profile.nodes, blocks=profile.blocks)
+    stage = prediction.finetuning
+    shared = {**labels, **problem.to_flat(), "source": "theory", "start": stage.branch}
+    shared |= {"status": prediction.status.value}
+    for name in OBSERVED:
+        error = stage.quadrature_error[name]
+        yield {**shared, "observable": name, "value": getattr(stage, name), "error": error}
+
+
+def simulation_rows(
+    problem: Problem, labels: Mapping[str, Any], profile: Profile, seed: int = 0
+) -> Iterator[dict]:
+    """Tidy rows of the simulation from w* and, lowest of two, from random starts."""
+    result = simulate(problem, profile.dim, profile.seeds, seed=seed, starts=2, dtype="float32")
+    shared = {**labels, **problem.to_flat(), "source": "simulation", "status": result.status.value}
+    shared |= {"dim": profile.dim, "seeds": profile.seeds, "root_seed": seed, "dtype": "float32"}
+    starts = {"informed": result.finetuning, "random": result.finetuning_random}
+    for start, stage in starts.items():
+        for name in OBSERVED:
+            estimate = getattr(stage, name)
+            numbers = {"value": estimate.mean, "error": estimate.error}
+            yield {**shared, "start": start, "observable": name, **numbers}
+
+
+def solved(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose numbers may be shown."""
+    return rows[rows["status"] != Status.NOT_CONVERGED.value]

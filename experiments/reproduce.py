@@ -1,0 +1,40 @@
+"""Compute and draw all figures: --quick into figures/quick/ (ignored), --full into figures/."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import figure1
+import matplotlib as mpl
+from figure_tools import FULL, QUICK
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (figure1.EXPERIMENT,)}
+FIGURES = Path(__file__).resolve().parent.parent / "figures"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    profile = parser.add_mutually_exclusive_group()
+    profile.add_argument("--quick", action="store_true", help="small sizes (the default)")
+    profile.add_argument("--full", action="store_true", help="publication sizes")
+    parser.add_argument("--only", choices=EXPERIMENTS, help="one figure")
+    parser.add_argument("--redraw", action="store_true", help="from the tables, computing nothing")
+    options = parser.parse_args()
+    mpl.use("Agg")
+    chosen = FULL if options.full else QUICK
+    folder = FIGURES if options.full else FIGURES / "quick"
+    for name in [options.only] if options.only else EXPERIMENTS:
+        start = time.perf_counter()
+        print(f"{name}: {chosen.name} profile …", file=sys.stderr, flush=True)
+        if options.redraw:
+            EXPERIMENTS[name].redraw(folder)
+        else:
+            EXPERIMENTS[name].run(chosen, folder)
+        print(f"{name}: {time.perf_counter() - start:.0f} s, in {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

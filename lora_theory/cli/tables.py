@@ -1,0 +1,154 @@
+"""Results as text for people: aligned columns, ``value ± error``, statuses with their remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from lora_theory.observables import Estimate
+from lora_theory.problem import Problem
+from lora_theory.status import Status
+
+if TYPE_CHECKING:
+    from lora_theory.compare import Comparison
+    from lora_theory.simulation import Simulation
+    from lora_theory.theory import Prediction
+
+__all__ = ["aligned", "comparison_table", "prediction_table", "simulation_table"]
+
+#: A relative error this small is floating-point noise in an exact number.
+_ROUNDING = 1e-12
+_BRANCH_COLUMNS = ("potential", "overlap", "test_error")
+
+
+def prediction_table(prediction: Prediction) -> str:
+    """Both stages, the effective noise and the branches, with quadrature errors."""
+    lines = _head(prediction.problem, prediction.status, errors="of quadrature")
+    stages: list[tuple[str, Any]] = [
+        ("pretraining", prediction.pretraining),
+        ("effective_noise", prediction.effective_noise),
+        ("finetuning", prediction.finetuning),
+    ]
+    for title, stage in stages:
+        if stage is None:
+            continue
+        notes = [stage.branch] if title == "finetuning" else []
+        if hasattr(stage, "status"):
+            notes += [stage.status.value, f"relative residual {stage.residual:.1e}"]
+        lines += ["", _title(title, notes)]
+        lines += aligned(_predicted_rows(stage), indent=2)
+    if len(prediction.branches) > 1:
+        lines += ["", "branches (least potential first)"]
+        rows: list[Sequence[str]] = [("branch", "status", *_BRANCH_COLUMNS)]
+        for branch in prediction.branches:
+            values = (_predicted(branch, name) for name in _BRANCH_COLUMNS)
+            rows.append((branch.branch, branch.status.value, *values))
+        lines += aligned(rows, indent=2)
+    return "\n".join(lines)
+
+
+def simulation_table(simulation: Simulation) -> str:
+    """Both stages and the random starts, with standard errors over the seeds."""
+    environment = simulation.environment
+    runs = f"{simulation.seeds} run" + ("s" if simulation.seeds > 1 else "")
+    lines = _head(
+        simulation.problem,
+        simulation.status,
+        system=f"D = {simulation.dim}, {runs}, root seed {environment['seed']}, "
+        f"{environment['dtype']} on {environment['device']}",
+        errors="standard errors over the runs",
+    )
+    informed, random = simulation.finetuning, simulation.finetuning_random
+    lines += _measured("pretraining", [], [simulation.pretraining])
+    lines += _measured("effective_noise", [], [simulation.effective_noise])
+    if informed is not None:
+        lines += _measured("finetuning", ["from w*"], [informed])
+    if random is not None:
+        note = "lowest loss; mean over the starts"
+        lines += _measured("finetuning_random", [note], [random, random.start_mean])
+    return "\n".join(lines)
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Theory beside simulation: value ± quadrature error, mean ± standard error, z-score."""
+    dims = ", ".join(str(simulation.dim) for simulation in comparison.simulations)
+    several = ", extrapolated to D → ∞" if len(comparison.simulations) > 1 else ""
+    lines = _head(
+        comparison.problem,
+        comparison.status,
+        system=f"D = {dims}{several}",
+        errors="of quadrature (theory), standard errors over the runs (simulation)",
+    )
+    by_stage = groupby(comparison.agreements, key=lambda agreement: agreement.stage)
+    for stage, agreements in by_stage:
+        rows: list[Sequence[str]] = [("", "theory", "simulation", "z")]
+        for agreement in agreements:
+            theory = _with_error(agreement.theory, agreement.quadrature_error)
+            z = "" if agreement.z is None else f"{agreement.z:+.1f}"
+            rows.append((agreement.observable, theory, str(agreement.simulation), z))
+        lines += ["", stage, *aligned(rows, indent=2)]
+    return "\n".join(lines)
+
+
+def aligned(rows: Iterable[Sequence[str]], indent: int = 0) -> list[str]:
+    """Rows of cells as lines with aligned columns.
+
+    Example:
+        >>> print(*aligned([("name", "value"), ("Q", "1.7")]), sep="|")
+        name  value|Q     1.7
+    """
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return [" " * indent + line.rstrip() for line in padded]
+
+
+def _head(problem: Problem, status: Status, **more: str) -> list[str]:
+    fields = ", ".join(f"{name}={_plain(value)}" for name, value in problem.to_flat().items())
+    rows = {"status": f"{status.value}: {status.remedy}", "problem": fields, **more}
+    return [line for name, text in rows.items() for line in _wrapped(name, text)]
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{name:<9}{text}", 100, subsequent_indent=" " * 9, break_on_hyphens=False)
+
+
+def _title(name: str, notes: Iterable[str]) -> str:
+    text = ", ".join(notes)
+    return f"{name} ({text})" if text else name
+
+
+def _predicted_rows(stage: Any) -> Iterable[tuple[str, str]]:
+    for entry in dataclasses.fields(stage):
+        if isinstance(getattr(stage, entry.name), float) and entry.name != "residual":
+            yield entry.name, _predicted(stage, entry.name)
+
+
+def _predicted(stage: Any, name: str) -> str:
+    value, errors = getattr(stage, name), stage.quadrature_error or {}
+    return _with_error(value, errors.get(name))
+
+
+def _with_error(value: float, error: float | None) -> str:
+    if math.isnan(value):
+        return "undefined"
+    rounding = error is None or error <= _ROUNDING * abs(value)
+    return str(Estimate(value, None if rounding else error, 1))
+
+
+def _measured(name: str, notes: list[str], stages: Sequence[Any]) -> list[str]:
+    missed = getattr(stages[-1], "missed", 0)
+    if missed:
+        notes = [*notes, f"{missed} descents missed the gradient tolerance"]
+    names = [f.name for f in dataclasses.fields(stages[0])]
+    names = [name for name in names if isinstance(getattr(stages[0], name), Estimate)]
+    rows = [(name, *(str(getattr(stage, name)) for stage in stages)) for name in names]
+    return ["", _title(name, notes), *aligned(rows, indent=2)]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

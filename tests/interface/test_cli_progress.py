@@ -1,0 +1,47 @@
+"""A sign of life after a second, silence before."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from lora_theory.cli.progress import announced
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_short_work_is_silent(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with announced("working", patience=60):
+        pass
+    assert stream.getvalue() == ""
+
+
+def test_long_work_says_one_line_in_a_log(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with announced("working", patience=0.01, tick=0.01):
+        time.sleep(0.3)
+    assert stream.getvalue() == "working …\n"
+
+
+def test_long_work_counts_seconds_on_a_terminal_and_cleans_up(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with announced("working", patience=0.01, tick=0.01):
+        time.sleep(0.3)
+    assert stream.getvalue().count("\rworking … 0 s") > 1
+    assert stream.getvalue().endswith("\r\x1b[K")
+
+
+def test_work_without_stderr_is_done(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    done = []
+    with announced("working", patience=0.0):
+        done.append(True)
+    assert done

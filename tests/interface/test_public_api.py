@@ -1,0 +1,31 @@
+"""The public names, frozen: adding or removing one is a decision, taken here."""
+
+import lora_theory
+
+PUBLIC = [
+    "Comparison",
+    "EffectiveNoise",
+    "Estimate",
+    "Finetuning",
+    "Prediction",
+    "Pretraining",
+    "Problem",
+    "ProblemError",
+    "Simulation",
+    "Status",
+    "compare",
+    "finetune",
+    "measure_noise",
+    "predict",
+    "simulate",
+]
+
+
+def test_public_names_are_these():
+    assert sorted(lora_theory.__all__) == PUBLIC
+
+
+def test_public_names_exist_and_are_no_modules():
+    for name in PUBLIC:
+        assert callable(getattr(lora_theory, name)), name
+        assert getattr(lora_theory, name).__doc__, name
