@@ -133,9 +133,9 @@ def caption(table: pd.DataFrame) -> str:
     return (
         "**Figure 1.** Test error E' (label noise included) and overlap o after rank-one LoRA, for "
         "softmax and linear attention. Lines: theory; dotted: frozen weights without LoRA; "
-        f"markers: simulation from the informed start, D = {simulation['dim'].iloc[0]:.0f}, mean ± standard "
-        f"error of {simulation['seeds'].iloc[0]:.0f} seeds. T = 3, κ0 = κ = 1, Δ = 0.5, q0 = 1, "
-        "fresh sequences; where not on the axis or in the legend, α = 0.1, α' = 3, λ = 0.1, "
+        f"markers: simulation from the informed start, D = {simulation['dim'].iloc[0]:.0f}, mean ± "
+        f"standard error of {simulation['seeds'].iloc[0]:.0f} seeds. T = 3, κ0 = κ = 1, Δ = 0.5, "
+        "q0 = 1, fresh sequences; where not on the axis or in the legend, α = 0.1, α' = 3, λ = 0.1, "
         "λ' = 0.5 (set of the published Fig 1; assumed: these λ and λ' in the panels that vary "
         "others, q0, and the ranges of the axes). At finite D the errors carry an O(1/√D) offset. "
         f"Largest quadrature error of a theory point: {error:.1%}; "

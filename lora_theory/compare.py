@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora_theory.simulation import Simulation, simulate
 from lora_theory.status import Status
 from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPrediction, predict
 
-__all__ = ["Agreement", "Comparison", "agreement", "compare", "extrapolate"]
+__all__ = ["Agreement", "Comparison", "agreements", "compare", "extrapolate"]
 
 #: The measured cross term in the test errors of fine-tuning.
 _CROSS_TERMS = {"test_error": "cross_term", "frozen_test_error": "frozen_cross_term"}
@@ -119,69 +119,61 @@ def compare(
         raise ProblemError(f"dims = {dims!r} is not allowed: it must be one or several different D")
     if seeds < 2:
         raise ProblemError(f"seeds = {seeds!r} is not allowed: it must be at least 2 to compare")
-    needs_random = problem.finetuning is not None
+    prediction = predict(problem, nodes=nodes)
     simulations = tuple(
         simulate(
             problem,
             dim,
             seeds,
             seed=seed,
-            starts=max(starts, 1) if needs_random else 0,
+            starts=max(starts, 1),
             dtype=dtype,
             device=device,
             progress=progress,
         )
         for dim in several
     )
-    return agreement(predict(problem, nodes=nodes), simulations)
-
-
-def agreement(prediction: Prediction, simulations: Sequence[Simulation]) -> Comparison:
-    """The comparison of a prediction with simulations of the same problem at different D."""
-    problem = prediction.problem
-    statuses = [prediction.status] + [simulation.status for simulation in simulations]
+    statuses = [prediction.status, *(simulation.status for simulation in simulations)]
     failed = Status.NOT_CONVERGED in statuses
     return Comparison(
         problem=problem,
         status=Status.NOT_CONVERGED if failed else prediction.status,
         prediction=prediction,
-        simulations=tuple(simulations),
-        agreements=tuple(_agreements(prediction, simulations)),
+        simulations=simulations,
+        agreements=agreements(prediction, {s.dim: pd.DataFrame(s.runs) for s in simulations}),
     )
 
 
-def _agreements(prediction: Prediction, simulations: Sequence[Simulation]) -> Iterator[Agreement]:
+def agreements(prediction: Prediction, runs: Mapping[int, pd.DataFrame]) -> tuple[Agreement, ...]:
+    """A prediction beside runs of its problem, one row per seed as in ``Simulation.runs``, by D."""
     tokens, linear = prediction.problem.tokens, prediction.problem.activation == "linear"
-    dims = [simulation.dim for simulation in simulations]
+    dims = list(runs)
+    found = []
     for name in PRETRAINING:
-        samples = [_samples(simulation, "pretraining", name) for simulation in simulations]
-        yield _agree("pretraining", name, prediction.pretraining, samples, dims)
+        samples = [table[f"pretraining.{name}"].to_numpy() for table in runs.values()]
+        found.append(_agree("pretraining", name, prediction.pretraining, samples, dims))
     lora = prediction.finetuning
     if lora is None:
-        return
-    start = "finetuning" if lora.branch == "informed" else "finetuning_random"
+        return tuple(found)
     for name in FINETUNING:
-        samples = [_samples(simulation, start, name) for simulation in simulations]
+        samples = [_samples(table, lora.branch, name) for table in runs.values()]
         corrected = linear and name in _CROSS_TERMS
         if corrected:
             factor, term = 2 * (tokens + 1) / tokens, _CROSS_TERMS[name]
-            offsets = [_samples(simulation, start, term) for simulation in simulations]
+            offsets = [_samples(table, lora.branch, term) for table in runs.values()]
             samples = [s - factor * o for s, o in zip(samples, offsets, strict=True)]
         power = 0.5 if name in _ROOT_OFFSETS and not corrected else 1.0
-        yield _agree("finetuning", name, lora, samples, dims, power, corrected)
+        found.append(_agree("finetuning", name, lora, samples, dims, power, corrected))
+    return tuple(found)
 
 
-def _samples(simulation: Simulation, part: str, name: str) -> Float[np.ndarray, " seeds"]:
-    """One number per run; of several random starts the one of lowest loss."""
-    if part != "finetuning_random":
-        return np.array([run[f"{part}.{name}"] for run in simulation.runs])
-    starts = range(simulation.environment["starts"])
-    return np.array(
-        [
-            min((run[f"{part}.{k}.objective"], run[f"{part}.{k}.{name}"]) for k in starts)[1]
-            for run in simulation.runs
-        ]
-    )
+def _samples(table: pd.DataFrame, branch: str, name: str) -> Float[np.ndarray, " seeds"]:
+    """One number per run: from the start w*, or of several random starts the one of lowest loss."""
+    if branch == "informed":
+        return np.asarray(table[f"finetuning.{name}"])
+    losses = table.filter(regex=r"^finetuning_random\.\d+\.objective$").to_numpy()
+    values = table.filter(regex=rf"^finetuning_random\.\d+\.{name}$").to_numpy()
+    return np.asarray(values[np.arange(len(table)), losses.argmin(axis=1)])
 
 
 def _agree(

@@ -272,7 +272,7 @@ def test_fields_of_the_answer_are_consistent(kind, case):
         prox.force, (prox.point - case.center) / case.variance, rtol=1e-9, atol=1e-10
     )
     with jax.enable_x64(True):
-        for i in range(NODES):
+        for i in range(0, NODES, 3):
             loss, point = case.loss(i), jnp.asarray(prox.point[:, i])
             gradient, hessian = (
                 np.asarray(jax.grad(loss)(point)),
