@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtri
 from scipy.stats import qmc
 
-__all__ = ["gaussian_blocks"]
+from lora_theory.problem import ProblemError
+
+__all__ = ["Discretisation", "gaussian_blocks"]
+
+#: Sobol points per block (each is used with its mirror image), by number of tokens.
+_DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 1024}, 512
+
+
+class Discretisation(NamedTuple):
+    """How finely the averages of the equations are taken, and how well these are solved."""
+
+    nodes: int | None
+    blocks: int
+    seed: int
+    tolerance: float
+
+    @classmethod
+    def checked(cls, nodes: int | None, blocks: int, seed: int, tolerance: float) -> Self:
+        """The settings, or a :class:`ProblemError` that names the one that is not allowed."""
+        if nodes is not None and (nodes < 16 or nodes & (nodes - 1)):
+            raise ProblemError(f"nodes = {nodes!r} is not allowed: it must be a power of two ≥ 16")
+        if blocks < 2:
+            raise ProblemError(f"blocks = {blocks!r} is not allowed: it must be an integer ≥ 2")
+        if seed < 0:
+            raise ProblemError(f"seed = {seed!r} is not allowed: it must be an integer ≥ 0")
+        if not 0 < tolerance < 1:
+            raise ProblemError(f"tolerance = {tolerance!r} is not allowed: it must be in (0, 1)")
+        return cls(nodes, blocks, seed, tolerance)
+
+    def points(self, tokens: int) -> int:
+        """Sobol points per block: ``nodes``, or the default for this number of tokens."""
+        return self.nodes or _DEFAULT_POINTS.get(tokens, _FEWEST_POINTS)
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +12,22 @@ from jaxtyping import Float
 
 from lora_theory.problem import Finetuning, Problem, ProblemError
 from lora_theory.status import Status
-from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
+from lora_theory.theory.branches import FrozenWeights, solve_branches
 from lora_theory.theory.fields import field_count
-from lora_theory.theory.nodes import gaussian_blocks
+from lora_theory.theory.nodes import Discretisation, gaussian_blocks
 from lora_theory.theory.results import (
     EffectiveNoise,
     FinetuningPrediction,
     Prediction,
     PretrainingPrediction,
 )
-from lora_theory.theory.roots import Root, solve
+from lora_theory.theory.roots import BlockValues, Root, solve, standard_error
 from lora_theory.theory.spectrum import learned_rank
 
-__all__ = ["DEFAULT_NODES", "finetune", "predict"]
+__all__ = ["finetune", "predict"]
 
-#: Sobol points per block (each is used with its mirror image), by number of tokens.
-DEFAULT_NODES = {1: 4096, 2: 2048, 3: 1024}
-_FEWEST_NODES = 512
-_MATTERING_JUMPS, _LARGEST_JUMP_RESIDUAL = 0.05, 0.02
 _COLLAPSED = 1e-10
-# (log s, m/q0, log v) at q0 = 1: the uninformed root repels the damped iteration at large α'
-_UNINFORMED_STARTS = np.array(
-    [
-        [math.log(s), 0.0, math.log(v)]
-        for s in (0.15, 0.3, 0.45, 0.7)
-        for v in (0.02, 0.06, 0.2, 0.6)
-    ]
-)
-# an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
-_MERGED_OVERLAP = 0.05
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
 
 
@@ -85,23 +68,23 @@ def predict(
         >>> abs(answer.finetuning.overlap - 0.9785) < 0.002
         True
     """
-    _check_settings(nodes, blocks, tolerance)
+    discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     with jax.enable_x64(True):
-        alone = problem.replace(finetuning=None)
-        root = _solve_pretraining(alone, nodes, blocks, seed, tolerance)
+        root = _solve_pretraining(problem.replace(finetuning=None), discretisation)
         pretraining = _pretraining_prediction(problem, root, tolerance)
         noise = _effective_noise(problem, root)
         branches: tuple[FinetuningPrediction, ...] = ()
         if problem.finetuning is not None:
             order = [pre.OBSERVABLES.index(name) for name in ("Q", "M", "V")]
-            branches = _solve_branches(
-                problem.finetuning,
-                (pretraining.Q, pretraining.M, pretraining.V),
-                root.block_observables[:, order] - root.observables[order],
+            weights = FrozenWeights(
+                pretraining.Q,
+                pretraining.M,
+                pretraining.V,
                 1 + problem.teacher_rank + problem.label_noise / 2,
-                problem.tokens,
-                problem.activation,
-                (nodes, blocks, seed, tolerance),
+                root.block_observables[:, order] - root.observables[order],
+            )
+            branches = solve_branches(
+                problem.finetuning, weights, problem.tokens, problem.activation, discretisation
             )
     chosen = branches[0] if branches else None
     status = _worst([pretraining.status] + ([chosen.status] if chosen else []))
@@ -143,7 +126,7 @@ def finetune(
         >>> best.branch, best.overlap > 0.98
         ('informed', True)
     """
-    _check_settings(nodes, blocks, tolerance)
+    discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     if finetuning.sequences != "fresh":
         raise ProblemError(
             f'finetuning.sequences = "{finetuning.sequences}" is not allowed without the '
@@ -155,51 +138,32 @@ def finetune(
             raise ProblemError(
                 f"noise.{name} = {value!r} is not allowed: it must be finite and ≥ 0"
             )
+    weights = FrozenWeights(noise.Q, noise.M, 0.0, noise.label_variance)
     with jax.enable_x64(True):
-        return _solve_branches(
-            finetuning,
-            (noise.Q, noise.M, 0.0),
-            None,
-            noise.label_variance,
-            tokens,
-            activation,
-            (nodes, blocks, seed, tolerance),
-        )
-
-
-def _check_settings(nodes: int | None, blocks: int, tolerance: float) -> None:
-    if nodes is not None and (nodes < 16 or nodes & (nodes - 1)):
-        raise ProblemError(f"nodes = {nodes!r} is not allowed: it must be a power of two ≥ 16")
-    if blocks < 2:
-        raise ProblemError(f"blocks = {blocks!r} is not allowed: it must be an integer ≥ 2")
-    if not 0 < tolerance < 1:
-        raise ProblemError(f"tolerance = {tolerance!r} is not allowed: it must be in (0, 1)")
-
-
-def _node_count(nodes: int | None, tokens: int) -> int:
-    return nodes or DEFAULT_NODES.get(tokens, _FEWEST_NODES)
+        return solve_branches(finetuning, weights, tokens, activation, discretisation)
 
 
 @functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once
-def _solve_pretraining(
-    problem: Problem, nodes: int | None, blocks: int, seed: int, tolerance: float
-) -> Root:
+def _solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
     constants = pre.Constants.of(problem)
-    dimension, count = 2 * field_count(problem.tokens, problem.activation), blocks
+    dimension = 2 * field_count(problem.tokens, problem.activation)
+    count = discretisation.blocks
     if problem.activation == "linear":
         dimension, count = 1, 1  # closed forms: the nodes are not used
     support = jnp.asarray(
-        gaussian_blocks(dimension, _node_count(nodes, problem.tokens), count, seed)
+        gaussian_blocks(
+            dimension, discretisation.points(problem.tokens), count, discretisation.seed
+        )
     )
 
-    def values(x: Float[np.ndarray, " 3"], block: int) -> Any:
+    def values(x: Float[np.ndarray, " 3"], block: int) -> BlockValues:
         return pre.pretraining_values(
             x, support[block], constants, activation=problem.activation, tokens=problem.tokens
         )
 
     alpha = constants.samples
     start = np.log([0.3 * alpha, alpha, alpha])
-    return solve(values, start, blocks=count, tolerance=tolerance)
+    return solve(values, start, blocks=count, tolerance=discretisation.tolerance)
 
 
 def _pretraining_prediction(
@@ -209,7 +173,7 @@ def _pretraining_prediction(
     errors = dict(zip(pre.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     rank = 0.0
     collapsed = values["Q"] < _COLLAPSED
-    status = _stage_status(root, values["jump_mass"], errors["jump_mass"], tolerance)
+    status = root.status(values["jump_mass"], errors["jump_mass"], tolerance)
     if collapsed:
         values |= {"Q": 0.0, "M": 0.0, "V": 0.0, "overlap": math.nan}
         status = Status.COLLAPSED if status.is_solved else status
@@ -246,125 +210,13 @@ def _effective_noise(problem: Problem, root: Root) -> EffectiveNoise:
 
     center = numbers(*root.observables[order])
     spread = np.array([numbers(*row) for row in root.block_observables[:, order]])
-    error = spread.std(axis=0, ddof=1) / math.sqrt(len(spread)) if len(spread) > 1 else np.zeros(4)
+    error = standard_error(spread)
     names = ("gain", "variance", "delta_eff", "delta_eff_training")
     kept = names if problem.activation == "linear" else names[:2]
     values = {name: value for name, value in zip(names, center, strict=True) if name in kept}
     errors = {n: float(e) for n, e in zip(names, error, strict=True) if n in kept}
     Q = float(root.observables[order[0]])
     return EffectiveNoise(Q=max(Q, 0.0), quadrature_error=errors, **values)
-
-
-def _solve_branches(
-    stage: Finetuning,
-    frozen: tuple[float, float, float],
-    shift: Float[np.ndarray, "R 3"] | None,
-    label_variance: float,
-    tokens: int,
-    activation: str,
-    settings: tuple[int | None, int, int, float],
-) -> tuple[FinetuningPrediction, ...]:
-    """All branches found, the one of least potential first."""
-    nodes, blocks, seed, tolerance = settings
-    task = lora.Task(stage.samples, stage.penalty, stage.signal, label_variance)
-    reused = stage.sequences == "reused"
-    gaussian = gaussian_blocks(
-        lora.node_dimension(tokens, activation), _node_count(nodes, tokens), blocks, seed + 1
-    )
-    support: list[Any]
-    if activation == "linear":
-        Q, M, V = frozen
-        noise = label_variance - 2 * M + Q
-        felt = noise / (1 + 4 * V / tokens**2) ** 2 if reused else noise
-        support = [
-            lora.linear_fields(g, felt, noise, stage.signal, tokens=tokens) for g in gaussian
-        ]
-        parameters, shift = np.zeros(0), None
-    else:
-        support = [jnp.asarray(g) for g in gaussian]
-        parameters = np.array(frozen)
-
-    scale = 0.5 * math.log(stage.signal)
-
-    def branch(held: tuple[bool, bool, bool], spread: float, m: float) -> Root:
-        def values(x: Float[np.ndarray, " 3"], block: int) -> Any:
-            return lora.finetuning_values(
-                x, parameters, support[block], task, held,
-                activation=activation, tokens=tokens, reused=reused,
-            )  # fmt: skip
-
-        start = np.array([spread, m, math.log(0.05)])
-        shifted = _UNINFORMED_STARTS + np.array([scale, 0.0, 0.0])
-        others = list(shifted) if held == lora.UNINFORMED else []
-        return solve(
-            values, start, blocks=blocks, tolerance=tolerance, parameter_shift=shift, others=others
-        )
-
-    vanishing = scale + math.log(1e-3)
-    found: dict[str, Root] = {}
-    informed = branch(lora.INFORMED, scale + math.log(0.1), 0.9)
-    learned = abs(informed.unknowns[1]) > 1e-3 or informed.unknowns[0] > vanishing
-    if learned and informed.observables[lora.OBSERVABLES.index("overlap")] > _MERGED_OVERLAP:
-        found["informed"] = informed
-    uninformed = branch(lora.UNINFORMED, scale + math.log(0.5), 0.0)
-    if uninformed.unknowns[0] > vanishing:
-        found["uninformed"] = uninformed
-    else:
-        zero = branch(lora.ZERO, lora.ZERO_SPREAD, 0.0)
-        growth = zero.observables[lora.OBSERVABLES.index("growth")]
-        found["zero" if growth < 0 else "uninformed"] = zero if growth < 0 else uninformed
-    predictions = [_finetuning_prediction(n, root, tolerance) for n, root in found.items()]
-    return _by_potential(predictions)
-
-
-def _finetuning_prediction(name: str, root: Root, tolerance: float) -> FinetuningPrediction:
-    values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
-    errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
-    status = _stage_status(root, values["jump_mass"], errors["jump_mass"], tolerance)
-    if name == "zero":
-        values |= {"q": 0.0, "m": 0.0, "q_hat": 0.0, "m_hat": 0.0, "overlap": math.nan}
-        values["test_error"] = values["frozen_test_error"]
-        status = Status.COLLAPSED if status.is_solved else status
-    if name == "uninformed":
-        values |= {"m": 0.0, "m_hat": 0.0, "overlap": 0.0}
-        errors |= {"m": 0.0, "m_hat": 0.0, "overlap": 0.0}
-    if values["m"] < 0:  # the mirror image w → −w
-        values |= {"m": -values["m"], "m_hat": -values["m_hat"]}
-    del values["growth"], errors["growth"]
-    return FinetuningPrediction(
-        status=status, residual=root.residual, quadrature_error=errors, branch=name, **values
-    )
-
-
-def _by_potential(
-    predictions: Iterable[FinetuningPrediction],
-) -> tuple[FinetuningPrediction, ...]:
-    # an unsolved branch has no potential to compare: an informed one is shown first, as such
-    def order(prediction: FinetuningPrediction) -> tuple[int, float]:
-        if prediction.status.is_solved:
-            return 1, prediction.potential
-        return (0 if prediction.branch == "informed" else 2), prediction.potential
-
-    ordered = sorted(predictions, key=order)
-    if len(ordered) > 1:
-        first, second = ordered[:2]
-        error = math.hypot(
-            first.quadrature_error["potential"], second.quadrature_error["potential"]
-        )
-        solved = first.status.is_solved and second.status.is_solved
-        if solved and second.potential - first.potential < error:
-            ordered[0] = replace(first, status=Status.TIE)
-    return tuple(ordered)
-
-
-def _stage_status(root: Root, jump_mass: float, jump_error: float, tolerance: float) -> Status:
-    if not np.all(np.isfinite(root.observables[:-1])):
-        return Status.NOT_CONVERGED
-    jumps = abs(jump_mass) > max(_MATTERING_JUMPS, 4 * jump_error)
-    if root.residual < tolerance:
-        return Status.JUMPS if jumps else Status.CONVERGED
-    within = root.residual < min(root.residual_noise, _LARGEST_JUMP_RESIDUAL)
-    return Status.JUMPS if within else Status.NOT_CONVERGED
 
 
 def _worst(statuses: list[Status]) -> Status:

