@@ -147,10 +147,10 @@ def _devices() -> tuple[str, ...]:
     import jax
 
     try:
-        found = {f"{device.platform} ({device.device_kind})": None for device in jax.devices()}
-        return tuple(found)
-    except RuntimeError as error:
-        return (f"unusable: {error}",)
+        found = [f"{device.platform} ({device.device_kind})" for device in jax.devices()]
+    except Exception as error:  # JAX raises several kinds here
+        return (f"none that JAX can use ({type(error).__name__} {error})".replace(" )", ")"),)
+    return tuple(dict.fromkeys(found))
 
 
 def _default_precision() -> str:

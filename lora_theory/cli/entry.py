@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _out_of_memory(error):
             return _complain("not enough memory for this problem and these settings")
         traceback.print_exc()
-        _complain("this is a bug in lora_theory; please report it with the lines above")
+        _complain(
+            f"if `{PROGRAM} doctor` fails too, the installation is at fault; if not, this is "
+            "a bug: please report it with the lines above"
+        )
         return Exit.BUG
 
 

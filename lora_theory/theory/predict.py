@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lora_theory.problem import Finetuning, Problem, ProblemError
+from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.status import Status
 from lora_theory.theory import pretraining as pre
 from lora_theory.theory.branches import FrozenWeights, solve_branches
@@ -27,7 +27,7 @@ from lora_theory.theory.spectrum import learned_rank
 
 __all__ = ["finetune", "predict"]
 
-_COLLAPSED = 1e-10
+_COLLAPSED, _MOST_TOKENS = 1e-10, 8
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
 
 
@@ -54,7 +54,8 @@ def predict(
         tolerance: largest relative residual that counts as converged.
 
     Raises:
-        ProblemError: ``pretraining.rank`` is below the rank the weights want to learn.
+        ProblemError: ``pretraining.rank`` is below the rank the weights want to learn, there are
+            more than 8 tokens, or a setting is not allowed.
 
     Example:
         >>> from lora_theory import Finetuning, Pretraining, Problem, predict
@@ -69,6 +70,7 @@ def predict(
         True
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
+    _check_tokens(problem.tokens)
     with jax.enable_x64(True):
         root = _solve_pretraining(problem.replace(finetuning=None), discretisation)
         pretraining = _pretraining_prediction(problem, root, tolerance)
@@ -116,7 +118,7 @@ def finetune(
     user's own weights.
 
     Raises:
-        ProblemError: ``finetuning.sequences`` is "reused", or a number of ``noise`` is not allowed.
+        ProblemError: ``finetuning.sequences`` is "reused", or another argument is not allowed.
 
     Example:
         >>> from lora_theory import EffectiveNoise, Finetuning, finetune
@@ -127,6 +129,12 @@ def finetune(
         ('informed', True)
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
+    stand_in = Pretraining(samples=1.0, penalty=1.0)  # tokens and activation are checked by Problem
+    Problem(
+        tokens=tokens, activation=activation, teacher_rank=1.0, label_noise=0.0,
+        pretraining=stand_in, finetuning=finetuning,
+    )  # fmt: skip
+    _check_tokens(tokens)
     if finetuning.sequences != "fresh":
         raise ProblemError(
             f'finetuning.sequences = "{finetuning.sequences}" is not allowed without the '
@@ -141,6 +149,14 @@ def finetune(
     weights = FrozenWeights(noise.Q, noise.M, 0.0, noise.label_variance)
     with jax.enable_x64(True):
         return solve_branches(finetuning, weights, tokens, activation, discretisation)
+
+
+def _check_tokens(tokens: int) -> None:
+    """The equations are written out over tokens, which is compiled in reasonable time up to 8."""
+    if tokens > _MOST_TOKENS:
+        raise ProblemError(
+            f"tokens = {tokens} is not allowed in the theory: it must be at most {_MOST_TOKENS}"
+        )
 
 
 @functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once

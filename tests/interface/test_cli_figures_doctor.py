@@ -1,10 +1,12 @@
 """The two commands about the installation and the checkout."""
 
+import contextlib
 import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
 import pytest
 
 from lora_theory import doctor
@@ -99,10 +101,15 @@ def test_doctor_reports_a_check_that_raises(command, monkeypatch):
 
 
 def test_doctor_finds_lost_precision(command, monkeypatch):
-    import contextlib
-
-    import jax
-
     monkeypatch.setattr(jax, "enable_x64", lambda on: contextlib.nullcontext())
     monkeypatch.setattr(doctor, "_CHECKS", {"64-bit precision": doctor._precision})
     assert command("doctor").code == 1
+
+
+def test_doctor_reports_that_no_device_is_usable(command, monkeypatch):
+    def none(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(doctor, "_CHECKS", {})
+    assert "none that JAX can use (AssertionError)" in command("doctor").out

@@ -1,5 +1,6 @@
 """The command line as a process: streams, signals, exit codes, start-up."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -54,8 +55,14 @@ def test_help_does_not_wait_for_jax():
 
 @POSIX
 def test_closed_pipe_ends_quietly():
+    # buffered, as in a shell: what could not be written is tried again when the interpreter ends
+    environment = {n: v for n, v in os.environ.items() if n != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
-        [*PROGRAM, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*PROGRAM, "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     process.stdout.close()
     errors = process.stderr.read()
@@ -88,3 +95,13 @@ def test_interrupt_ends_with_one_line(words, tmp_path):
     assert err.splitlines()[-1] == "lora-theory simulate: interrupted"
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's /dev/full")
+def test_full_disk_is_said_in_one_line():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode == 74
+    assert ended.stderr == ("lora-theory: the result cannot be written: No space left on device\n")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_theory import Estimate, Problem, Status, predict
+from lora_theory import Estimate, Problem, Status, predict, simulation
 from lora_theory.observables import FINETUNING, PRETRAINING
 
 STAGE = {"status", "residual", "quadrature_error", "jump_mass"}
@@ -202,20 +202,24 @@ def test_one_seed_has_no_error(command, words):
     assert answer.result["pretraining"]["Q"]["error"] is None
 
 
-def test_table_of_simulate_shows_the_numbers(command, words, simulated):
+def test_table_of_simulate_shows_the_numbers(command, words, simulated, monkeypatch):
+    def with_distinct_mean(*arguments, **settings):
+        answer = simulation.api.simulate(*arguments, **settings)
+        mean = dataclasses.replace(answer.finetuning_random.start_mean, q=Estimate(7.0, 0.5, 2))
+        random = dataclasses.replace(answer.finetuning_random, start_mean=mean)
+        return dataclasses.replace(answer, finetuning_random=random)
+
+    monkeypatch.setattr(simulation, "simulate", with_distinct_mean)
     table = command("simulate", *words, "--dim", 8, "--seeds", 2, "--starts", 1, "--seed", 3).out
     result = simulated[0].result
     lines = [line.split() for line in table.splitlines()]
     assert ["M", *str(Estimate(**result["pretraining"]["M"])).split()] in lines
     assert ["q", *str(Estimate(**result["finetuning"]["q"])).split()] in lines
-    random = result["finetuning_random"]
-    both = (Estimate(**random["q"]), Estimate(**random["start_mean"]["q"]))
-    assert ["q", *(word for estimate in both for word in str(estimate).split())] in lines
+    lowest = str(Estimate(**result["finetuning_random"]["q"]))
+    assert ["q", *lowest.split(), "7.00", "±", "0.50"] in lines
 
 
 def test_missed_gradient_tolerance_is_exit_code_1(command, words, monkeypatch):
-    from lora_theory import simulation
-
     def give_up(*arguments, **settings):
         return simulation.api.simulate(*arguments, **{**settings, "max_iterations": 1})
 
@@ -249,3 +253,23 @@ def test_softmax_has_no_single_effective_noise(command, words, few_nodes):
     assert result["effective_noise"]["delta_eff"] is None
     assert result["effective_noise"]["delta_eff_training"] is None
     assert result["effective_noise"]["gain"] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ZeroDivisionError("deep inside"), 70, ["ZeroDivisionError: deep inside", "report"]),
+        (MemoryError(), 2, ["not enough memory"]),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, ["not enough memory"]),
+        (KeyboardInterrupt(), 130, ["lora-theory predict: interrupted"]),
+    ],
+)
+def test_failures_have_exit_codes_of_their_own(command, words, monkeypatch, error, code, said):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr("lora_theory.theory.predict", fail)
+    answer = command("predict", *words, "--json")
+    assert (answer.code, answer.out) == (code, "")
+    assert all(text in answer.err for text in said)
+    assert ("Traceback" in answer.err) == (code == 70)
