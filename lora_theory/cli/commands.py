@@ -43,7 +43,8 @@ def _compare(request: Given) -> int:
     from lora_theory.compare import compare
 
     show = sys.stderr is not None
-    comparison = compare(_asked(request), **request.settings, progress=show)
+    with announced("predicting, then simulating", counting=False):
+        comparison = compare(_asked(request), **request.settings, progress=show)
     return _deliver(request, comparison, comparison_table, comparison.status.is_solved)
 
 

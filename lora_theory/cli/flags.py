@@ -234,7 +234,8 @@ def _unknown(token: str, command: Command) -> str:
     if not token.startswith("-"):
         return f"{token!r} is one argument too many (see {PROGRAM} {command.name} --help)"
     flag = token.partition("=")[0]
-    near = difflib.get_close_matches(flag.replace("-", "_"), _flag_names(command), 1)
+    spelled = "--" + flag.lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(spelled, _flag_names(command), 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return (
         f"{flag} is not a flag of {command.name}: {hint}{PROGRAM} {command.name} --help lists them"

@@ -12,10 +12,12 @@ __all__ = ["announced"]
 
 
 @contextlib.contextmanager
-def announced(work: str, *, patience: float = 1.0, tick: float = 0.5) -> Iterator[None]:
+def announced(
+    work: str, *, counting: bool = True, patience: float = 1.0, tick: float = 0.5
+) -> Iterator[None]:
     """After ``patience`` seconds say what is being done; on a terminal, count the seconds.
 
-    Nothing is written by work that ends sooner.
+    Nothing is written by work that ends sooner.  Work that draws its own bar must not be counted.
     """
     stream, start, done = sys.stderr, time.monotonic(), threading.Event()
 
@@ -23,7 +25,7 @@ def announced(work: str, *, patience: float = 1.0, tick: float = 0.5) -> Iterato
         if done.wait(patience):
             return
         with contextlib.suppress(OSError, ValueError):
-            if not stream.isatty():
+            if not (counting and stream.isatty()):
                 print(f"{work} …", file=stream, flush=True)
                 return
             while not done.wait(tick):

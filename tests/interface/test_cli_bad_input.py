@@ -260,6 +260,7 @@ def test_save_that_cannot_be_written_is_refused_before_the_work(
         (["predct"], ["'predct'", "did you mean predict"]),
         (["--json", "predict"], ["--json"]),
         (["predict", "--pretraining.penalti", "0.1"], ["did you mean --pretraining.penalty?"]),
+        (["predict", "--tok", "2"], ["--tok is not a flag", "did you mean --tokens?"]),
         (["predict", "--dim", "16"], ["--dim is not a flag of predict"]),
         (["predict", "-x"], ["-x is not a flag"]),
         (["predict", "a.toml", "b.toml"], ["'b.toml'", "too many"]),

@@ -22,10 +22,10 @@ def test_short_work_is_silent(monkeypatch, stream):
     assert stream.getvalue() == ""
 
 
-def test_long_work_says_one_line_in_a_log(monkeypatch):
-    stream = io.StringIO()
+@pytest.mark.parametrize(("stream", "counting"), [(io.StringIO(), True), (Terminal(), False)])
+def test_long_work_says_one_line_in_a_log_and_above_a_bar(monkeypatch, stream, counting):
     monkeypatch.setattr(sys, "stderr", stream)
-    with announced("working", patience=0.01, tick=0.01):
+    with announced("working", counting=counting, patience=0.01, tick=0.01):
         time.sleep(0.3)
     assert stream.getvalue() == "working …\n"
 
