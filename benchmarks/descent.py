@@ -1,8 +1,6 @@
-"""The package's L-BFGS against those of optax and optimistix on one pre-training loss.
+"""The descent of the simulation (L-BFGS of optax) against that of optimistix, on one loss.
 
 Same loss, data and start, stopped at ‖∇L‖ ≤ 1e-5 ‖2λW‖; warm times, ratios within one run.
-Reason for own code: along a direction the fields are a quadratic polynomial of the step, so an
-iteration costs two products with the sequences however many points the line search tries.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import optimistix
 
 from lora_theory import Pretraining, Problem
@@ -35,36 +32,6 @@ def own(task, activation):
     return run
 
 
-def with_optax(task, activation):
-    def loss(weights):
-        return training_loss(task, weights, activation)
-
-    solver = optax.lbfgs(memory_size=10)
-    value_and_gradient = optax.value_and_grad_from_state(loss)
-
-    @jax.jit
-    def run(start):
-        def unfinished(carry):
-            weights, _, gradient, count = carry
-            scale = 2 * task.penalty * jnp.linalg.norm(weights)
-            return (jnp.linalg.norm(gradient) > TOLERANCE * scale) & (count < MAX_ITERATIONS)
-
-        def step(carry):
-            weights, state, _, count = carry
-            value, gradient = value_and_gradient(weights, state=state)
-            update, state = solver.update(
-                gradient, state, weights, value=value, grad=gradient, value_fn=loss
-            )
-            weights = optax.apply_updates(weights, update)
-            return weights, state, optax.tree_utils.tree_get(state, "grad"), count + 1
-
-        first = (start, solver.init(start), jax.grad(loss)(start), 0)
-        weights, _, _, count = jax.lax.while_loop(unfinished, step, first)
-        return weights, count
-
-    return run
-
-
 def with_optimistix(task, activation):
     def loss(weights, _):
         return training_loss(task, weights, activation)
@@ -80,7 +47,7 @@ def with_optimistix(task, activation):
     return run
 
 
-SOLVERS = {"lora_theory": own, "optax": with_optax, "optimistix": with_optimistix}
+SOLVERS = {"lora_theory": own, "optimistix": with_optimistix}
 
 
 def measure(dim: int, penalty: float) -> list[dict]:
