@@ -37,4 +37,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written for the unfinished figure", file=sys.stderr)
+        sys.exit(130)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from lora_theory.observables import FINETUNING, PRETRAINING, Estimate, to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
+from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.status import Status
 from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPrediction, predict
 
@@ -117,8 +118,9 @@ def compare(
     several = [dims] if isinstance(dims, int | np.integer) else list(dims)
     if not several or len(set(several)) != len(several):
         raise ProblemError(f"dims = {dims!r} is not allowed: it must be one or several different D")
-    if seeds < 2:
-        raise ProblemError(f"seeds = {seeds!r} is not allowed: it must be at least 2 to compare")
+    seeds = checked_integer("seeds", seeds, 2)
+    for dim in several:
+        Sizes.of(problem, dim)  # refuses here what would fail after hours
     prediction = predict(problem, nodes=nodes)
     simulations = tuple(
         simulate(

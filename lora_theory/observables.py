@@ -49,7 +49,9 @@ class Estimate:
     def __str__(self) -> str:
         if self.error is None or not math.isfinite(self.error) or self.error <= 0:
             return f"{self.mean:.6g}"
-        digits = min(12, max(0, 1 - math.floor(math.log10(self.error))))
+        digits = max(0, 1 - math.floor(math.log10(self.error)))
+        if digits > 12:  # the error is rounding
+            return f"{self.mean:.6g}"
         return f"{self.mean:.{digits}f} ± {self.error:.{digits}f}"
 
 

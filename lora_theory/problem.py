@@ -171,6 +171,7 @@ class Problem:
         Raises:
             ProblemError: unknown or missing key, wrong type, value out of range.
         """
+        _refuse_unknown(cls, raw, "")
         values = dict(raw)
         for group, part in (("pretraining", Pretraining), ("finetuning", Finetuning)):
             entry = values.get(group)
@@ -209,7 +210,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ProblemError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ProblemError(f"{path} is not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers too long, tables too deep included
         raise ProblemError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -230,13 +231,18 @@ def _specs(part: type, prefix: str) -> Iterator[FieldSpec]:
             yield from _specs(inner, entry.name + ".")
 
 
-def _checked_keys(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    known = {entry.name: entry for entry in dataclasses.fields(part)}
+def _refuse_unknown(part: type, raw: Mapping[str, Any], prefix: str) -> None:
+    known = [entry.name for entry in dataclasses.fields(part)]
     for name in raw:
         if name not in known:
             allowed = ", ".join(known)
             raise ProblemError(f"{prefix}{name} is not a field; the fields here are {allowed}")
-    for name, entry in known.items():
+
+
+def _checked_keys(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    _refuse_unknown(part, raw, prefix)
+    for entry in dataclasses.fields(part):
+        name = entry.name
         if name not in raw and entry.default is MISSING:
             meaning, allowed = entry.metadata["meaning"], entry.metadata["allowed"]
             raise ProblemError(f"{prefix}{name} is missing: {meaning}, {allowed}")
@@ -260,7 +266,10 @@ def _validate(part: Any, prefix: str) -> None:
                 raise complaint
             object.__setattr__(part, name, int(value))
         else:
-            number = float(value)
+            try:
+                number = float(value)
+            except OverflowError:
+                raise ProblemError(f"{prefix}{name} is too large: it must be finite") from None
             in_range = number >= 0 if allowed == "≥ 0" else number > 0
             if not (math.isfinite(number) and in_range):
                 raise ProblemError(f"{complaint.args[0]} and finite")

@@ -27,7 +27,7 @@ _BRANCH_COLUMNS = ("potential", "overlap", "test_error")
 
 def prediction_table(prediction: Prediction) -> str:
     """Both stages, the effective noise and the branches, with quadrature errors."""
-    lines = _head(prediction.problem, prediction.status, errors="of quadrature")
+    lines = _head(prediction.problem, prediction.status, errors="± quadrature error")
     stages: list[tuple[str, Any]] = [
         ("pretraining", prediction.pretraining),
         ("effective_noise", prediction.effective_noise),
@@ -81,7 +81,7 @@ def comparison_table(comparison: Comparison) -> str:
         comparison.problem,
         comparison.status,
         system=f"D = {dims}{several}",
-        errors="of quadrature (theory), standard errors over the runs (simulation)",
+        errors="± quadrature error (theory), ± standard error over the runs (simulation)",
     )
     by_stage = groupby(comparison.agreements, key=lambda agreement: agreement.stage)
     for stage, agreements in by_stage:

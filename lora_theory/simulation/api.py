@@ -107,7 +107,7 @@ def simulate(
     effort = Effort(DTYPES[dtype], starts, test_sequences, tolerance, max_iterations)
     records, arrays = [], []
     with jax.enable_x64(True), jax.default_device(target):
-        for index in tqdm(range(seeds), desc="seeds", disable=not progress):
+        for index in tqdm(range(seeds), desc=f"seeds at D = {dim}", disable=not progress):
             record, weights = run_seed(problem, sizes, effort, run_key(seed, index))
             records.append(record)
             if path is not None:

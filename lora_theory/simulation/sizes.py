@@ -12,6 +12,8 @@ __all__ = ["SMALLEST_DIM", "Sizes", "checked_integer"]
 
 #: Smallest embedding dimension that is simulated.
 SMALLEST_DIM = 4
+#: Bytes beyond which a simulation is refused: about six float64 copies of the training sequences.
+LARGEST_MEMORY = 2**38
 
 
 class Sizes(NamedTuple):
@@ -53,6 +55,13 @@ class Sizes(NamedTuple):
                 _rounded("finetuning.samples", finetuning.samples, dim, dim) if finetuning else 0
             ),
         )
+        sequences = max(sizes.pretraining_sequences, sizes.finetuning_sequences)
+        memory = 48 * sequences * sizes.tokens * dim
+        if memory > LARGEST_MEMORY:
+            raise ProblemError(
+                f"dim = {dim} is too large for this problem: training would need about "
+                f"{memory / 2**30:.0f} GiB, and at most {LARGEST_MEMORY / 2**30:.0f} are allowed"
+            )
         if finetuning is None or finetuning.sequences == "fresh":
             return sizes
         if sizes.finetuning_sequences > sizes.pretraining_sequences:
