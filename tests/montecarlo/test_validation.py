@@ -4,6 +4,7 @@ The runs in tests/reference/validation_runs.csv were trained by experiments/vali
 D; ``agreements`` extrapolates them to D → ∞ (docs/theory.md, section 7).
 """
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -61,6 +62,10 @@ def runs_of(name):
 
 
 def z_scores(prediction, name):
+    """Against the runs that started at w*, whichever branch is predicted."""
+    if prediction.finetuning is not None:
+        informed = dataclasses.replace(prediction.finetuning, branch="informed")
+        prediction = dataclasses.replace(prediction, finetuning=informed)
     return np.array([a.z for a in agreements(prediction, runs_of(name)) if a.z is not None])
 
 
