@@ -32,23 +32,29 @@ mutant = _load("mutants", ROOT / "tests" / "mutants.py").mutant
 
 RUNS = pd.read_csv(validation.RUNS)
 
+#: the mistake: (problem that shows it, file, right, wrong).  On the informed branch of linear
+#: attention E ∂_qℓ is small, so that mistake is looked for in softmax.
 WRONG = {
     "factor 2 in the pre-training response": (
+        "linear-2-fresh",
         "pretraining.py",
         "V_hat = constants.samples * T * (T + 1) / stiff",
         "V_hat = 2 * constants.samples * T * (T + 1) / stiff",
     ),
     "factor 2 in the fine-tuning force": (
+        "linear-2-fresh",
         "finetuning.py",
         "q_hat = alpha * out.force_square",
         "q_hat = 2 * alpha * out.force_square",
     ),
     "dropped ∂_qℓ": (
+        "softmax-2-reused",
         "finetuning.py",
         "v_hat = response + 2 * alpha * out.norm_slope",
         "v_hat = response",
     ),
     "wrong sign of the response (Onsager) term": (
+        "linear-2-fresh",
         "finetuning.py",
         "response = -alpha / s * out.force_noise",
         "response = alpha / s * out.force_noise",
@@ -96,11 +102,10 @@ def test_the_differences_are_as_large_as_their_errors_say(scores):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_theory_is_rejected(wrong, tmp_path):
-    theory = mutant(tmp_path, *WRONG[wrong])
-    name = "linear-2-fresh"
-    prediction = theory.predict(validation.PROBLEMS[name], nodes=512)
+    name, *replacement = WRONG[wrong]
+    prediction = mutant(tmp_path, *replacement).predict(validation.PROBLEMS[name])
     solved = prediction.status.is_solved
-    assert not solved or np.abs(z_scores(prediction, name)).max() > 6
+    assert not solved or np.abs(z_scores(prediction, name)).max() > 5
 
 
 @pytest.mark.slow
