@@ -97,6 +97,7 @@ def solve_branches(
             np.array([log_s, m, math.log(_START_V)]),
             blocks=blocks,
             tolerance=discretisation.tolerance,
+            relaxation=lora.relaxation,
             parameter_shift=None if linear else weights.shift,
             others=list(others) if held == lora.UNINFORMED else [],
         )

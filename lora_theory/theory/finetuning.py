@@ -21,7 +21,6 @@ from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to
 from lora_theory.theory.pretraining import (
     SMALLEST_VARIANCE,
     frozen_coordinates,
-    log_ratio,
     paired,
     stein_trace,
 )
@@ -31,7 +30,7 @@ from lora_theory.theory.proximal import (
     softmax_field_proximal,
     softmax_lora_proximal,
 )
-from lora_theory.theory.roots import BlockValues
+from lora_theory.theory.roots import BlockValues, log_ratio
 
 __all__ = [
     "INFORMED",
@@ -44,6 +43,7 @@ __all__ = [
     "finetuning_values",
     "linear_fields",
     "node_dimension",
+    "relaxation",
 ]
 
 #: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
@@ -234,15 +234,13 @@ def _evaluate(
         v_hat = response + 2 * alpha * out.norm_slope
         m_hat = alpha / q0 * out.force_signal + m / q0 * response
         R = 2 * task.penalty + v_hat
-        growth = 0.5 * log_ratio(q_hat * v**2 / s**2)
-        free = jnp.stack([growth, m_hat * v - m / q0, -log_ratio(v * R)])
+        growth = q_hat * v**2 / s**2 - 1
+        free = jnp.stack([growth, m_hat * v - m / q0, 1 - v * R])
         fixed = jnp.stack([ZERO_SPREAD - x[0], -x[1], 0.0])
         residual = jnp.where(held, fixed, free)
-        potential = (
-            alpha * (0.5 * v * out.force_square + out.train_error)
-            + 0.5 * (q_hat * v + 2 * m_hat * m - v_hat * q)
-            - (q0 * m_hat**2 + q_hat) / (2 * R)
-        )
+        # φ with the conjugates eliminated, linear in the node averages
+        potential = alpha * (0.5 * v * out.force_square + out.train_error)
+        potential += task.penalty * q - s**2 / (2 * v)
         overlap = jnp.abs(m) / jnp.sqrt(q * q0)
         jumps = 1 - alpha / v * out.stein / response
         observables = [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
@@ -252,6 +250,13 @@ def _evaluate(
 
     jacobian, both = jax.jacfwd(stacked, has_aux=True)(jnp.concatenate([unknowns, frozen]))
     return both[:3], both[3:], jacobian
+
+
+def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
+    """Damped step of (log s, m/q0, log v); s, bounded, does not outrun its response v."""
+    growth, gain, response = residual
+    step = np.array([0.5 * log_ratio(1 + growth), gain, -log_ratio(1 - response)])
+    return np.asarray(0.6 * np.clip(step, (-0.7, -0.7, -2.0), (0.7, 0.7, 2.0)))
 
 
 def finetuning_values(

@@ -27,7 +27,7 @@ from lora_theory.theory.spectrum import learned_rank
 
 __all__ = ["finetune", "predict"]
 
-_COLLAPSED, _MOST_TOKENS = 1e-10, 8
+_COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
 
 
@@ -177,9 +177,23 @@ def _solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root
             x, support[block], constants, activation=problem.activation, tokens=problem.tokens
         )
 
-    alpha = constants.samples
-    start = np.log([0.3 * alpha, alpha, alpha])
-    return solve(values, start, blocks=count, tolerance=discretisation.tolerance)
+    def solve_from(start: Float[np.ndarray, " 3"]) -> Root:
+        return solve(
+            values,
+            start,
+            blocks=count,
+            tolerance=discretisation.tolerance,
+            relaxation=pre.relaxation,
+        )
+
+    alpha, penalty = constants.samples, problem.pretraining.penalty
+    root = solve_from(np.log([0.3 * alpha, alpha, alpha]))
+    if root.residual < discretisation.tolerance or penalty > _EASY_PENALTY:
+        return root
+    # V grows without bound as λ → 0 below interpolation: come from a larger penalty
+    easier = problem.replace({"pretraining.penalty": 3 * penalty})
+    again = solve_from(_solve_pretraining(easier, discretisation).unknowns)
+    return min(root, again, key=lambda root: root.residual)
 
 
 def _pretraining_prediction(

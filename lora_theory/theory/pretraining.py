@@ -21,7 +21,7 @@ from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, to_fields
 from lora_theory.theory.newton import solve_positive_definite
 from lora_theory.theory.proximal import Proximal, softmax_field_proximal
-from lora_theory.theory.roots import BlockValues
+from lora_theory.theory.roots import BlockValues, log_ratio
 from lora_theory.theory.spectrum import truncated_second_moment
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
     "Constants",
     "frozen_coordinates",
     "linear_effective_noise",
-    "log_ratio",
     "paired",
     "pretraining_values",
+    "relaxation",
     "stein_trace",
     "weight_potential",
     "weight_side",
@@ -111,11 +111,6 @@ def frozen_coordinates(
     return label, M / label_variance * label + spread * frozen_noise, spread
 
 
-def log_ratio(ratio: Float[Array, ""]) -> Float[Array, ""]:
-    """log x, continued linearly below ½: a relative residual of new over old that knows no sign."""
-    return jnp.where(ratio > 0.5, jnp.log(jnp.maximum(ratio, 0.5)), 2 * ratio - 1 - jnp.log(2.0))
-
-
 def linear_effective_noise(
     Q: Float[Array, ""], M: Float[Array, ""], label_variance: float | Float[Array, ""]
 ) -> Float[Array, ""]:
@@ -184,13 +179,18 @@ def _evaluate(
             - weight_potential(Q_hat, M_hat, V_hat, constants)
         )
         overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
-        residual = [log_ratio(new_Q / Q_hat), log_ratio(new_M / M_hat), log_ratio(new_V / V_hat)]
+        residual = [new_Q / Q_hat - 1, new_M / M_hat - 1, new_V / V_hat - 1]
         observables = [Q, M, V, Q_hat, M_hat, V_hat, potential, test, train, overlap, jumps]
         both = jnp.stack(residual + observables)
         return both, both
 
     jacobian, both = jax.jacfwd(stacked, has_aux=True)(unknowns)
     return both[: unknowns.size], both[unknowns.size :], jacobian
+
+
+def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
+    """Damped step of log(Q̂, M̂, V̂) from the residuals new/old − 1."""
+    return np.asarray(0.6 * np.clip(log_ratio(1 + residual), -2.0, 2.0))
 
 
 def pretraining_values(

@@ -7,6 +7,7 @@ blocks is the quadrature error (docs/theory.md, section 5).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from scipy.optimize import root
 
 from lora_theory.status import Status
 
-__all__ = ["BlockValues", "Root", "solve", "standard_error"]
+__all__ = ["BlockValues", "Root", "log_ratio", "solve", "standard_error"]
 
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 3, 40, 0.05, 3
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
@@ -68,6 +69,8 @@ def standard_error(blocks: Float[np.ndarray, "R ..."]) -> Float[np.ndarray, "...
     return np.asarray(blocks.std(axis=0, ddof=1) / np.sqrt(len(blocks)))
 
 
+#: Residuals to a damped step.
+Relaxation = Callable[[Float[np.ndarray, " n"]], Float[np.ndarray, " n"]]
 #: Residuals, observables and Jacobian at given unknowns on block r.
 Evaluate = Callable[[Float[np.ndarray, " n"], int], BlockValues]
 
@@ -78,18 +81,20 @@ def solve(
     *,
     blocks: int,
     tolerance: float,
+    relaxation: Relaxation | None = None,
     parameter_shift: Float[np.ndarray, "R p"] | None = None,
     others: Sequence[Float[np.ndarray, " n"]] = (),
 ) -> Root:
     """Damped steps into the basin, then Levenberg–Marquardt (MINPACK); on one block, then on all.
 
     Args:
-        evaluate: values on one block; the residuals are log(new/old), for unknowns that are
-            logarithms, or new − old, so that x + d·residual is a damped iteration.  The last
-            unknown relaxes first.
+        evaluate: values on one block; the residuals are linear in the node averages, so that
+            the mean over the blocks is the residual on all nodes.
         start: first unknowns.
         blocks: R, number of blocks.
         tolerance: residual at which the search on one block ends.
+        relaxation: the damped step at given residuals; by default half of them, bounded.  The
+            last unknown relaxes first.
         parameter_shift: how far the parameters of each block are from their mean (the error handed
             on by the previous stage).
         others: points to search from where the damped iteration fails, since the root repels it.
@@ -97,7 +102,10 @@ def solve(
     Returns:
         The root with the smallest residual met; the caller judges that residual.
     """
-    x = _basin(lambda x: evaluate(x, 0), np.array(start, dtype=np.float64), tolerance, others)
+    relaxation = relaxation or _halved
+    x = _basin(
+        lambda x: evaluate(x, 0), np.array(start, dtype=np.float64), tolerance, relaxation, others
+    )
     with ThreadPoolExecutor(min(_THREADS, blocks)) as pool:
 
         def everywhere(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
@@ -116,20 +124,21 @@ def _basin(
     evaluate: Callable[[Float[np.ndarray, " n"]], BlockValues],
     x: Float[np.ndarray, " n"],
     tolerance: float,
+    relaxation: Relaxation,
     others: Sequence[Float[np.ndarray, " n"]],
 ) -> Float[np.ndarray, " n"]:
     """Damped iteration until Levenberg–Marquardt succeeds from where it has come."""
     for _ in range(4):
         step = np.zeros_like(x)
-        step[-1] = evaluate(x).residual[-1]
-        x = x + _damped(step)
+        step[-1] = np.nan_to_num(relaxation(evaluate(x).residual))[-1]
+        x = x + step
     best, best_size = x, np.inf
     for _ in range(_BASIN_ROUNDS):
         for _ in range(_BASIN_STEPS):
             residual = evaluate(x).residual
             if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
                 break
-            x = x + _damped(residual)
+            x = x + np.nan_to_num(relaxation(residual))
         found, values = _polish(lambda x: [evaluate(x)], x, tolerance, _BLOCK_EVALUATIONS)
         size = _size(values)
         progress = size < 0.5 * best_size
@@ -148,11 +157,13 @@ def _basin(
     return best
 
 
-def _damped(residual: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """0.6 of the residual, bounded; the last unknown, a response, may follow the others faster."""
-    bound = np.full(residual.size, 0.7)
-    bound[-1] = 2.0
-    return np.asarray(0.6 * np.clip(np.nan_to_num(residual), -bound, bound))
+def log_ratio(ratio: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
+    """log x, continued linearly below ½: for ratios of new to old that may have any sign."""
+    return np.where(ratio > 0.5, np.log(np.maximum(ratio, 0.5)), 2 * ratio - 1 - math.log(2.0))
+
+
+def _halved(residual: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return np.asarray(0.5 * np.clip(residual, -1.0, 1.0))
 
 
 def _polish(
@@ -175,12 +186,10 @@ def _polish(
         return met[key]
 
     def residual(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        mean = np.mean([values.residual for values in at(x)], axis=0)
-        return np.asarray(np.clip(np.nan_to_num(mean, nan=1e6), -1e6, 1e6))
+        return _mean([values.residual for values in at(x)], outside=1e6)
 
     def jacobian(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:
-        mean = np.mean([values.jacobian[: x.size, : x.size] for values in at(x)], axis=0)
-        return np.asarray(np.nan_to_num(mean, posinf=0.0, neginf=0.0))
+        return _mean([values.jacobian[: x.size, : x.size] for values in at(x)], outside=0.0)
 
     def best() -> tuple[bytes, list[BlockValues]]:
         return min(met.items(), key=lambda entry: _size(entry[1]))
@@ -194,9 +203,17 @@ def _polish(
     return np.frombuffer(point).copy(), values
 
 
+def _mean(values: list[Float[np.ndarray, "..."]], outside: float) -> Float[np.ndarray, "..."]:
+    """Mean over the blocks; what is not finite, far from any root, counts as ``outside``."""
+    finite = np.nan_to_num(np.array(values), nan=outside, posinf=outside, neginf=-outside)
+    return np.asarray(finite.mean(axis=0))
+
+
 def _size(values: list[BlockValues]) -> float:
-    mean = np.abs(np.mean([value.residual for value in values], axis=0))
-    return float(mean.max()) if np.all(np.isfinite(mean)) else np.inf
+    residual = np.array([value.residual for value in values])
+    if not np.all(np.isfinite(residual)):
+        return np.inf
+    return float(np.abs(residual.mean(axis=0)).max())
 
 
 def _root(
@@ -207,7 +224,7 @@ def _root(
     size = x.size
     residual = np.array([value.residual for value in values])
     observables = np.array([value.observables for value in values])
-    jacobian = np.nan_to_num(np.mean([value.jacobian for value in values], axis=0))
+    jacobian = _mean([value.jacobian for value in values], outside=0.0)
     change, drift = residual - residual.mean(axis=0), observables
     if parameter_shift is not None and jacobian.shape[1] > size:
         shifted = parameter_shift @ jacobian[:, size:].T

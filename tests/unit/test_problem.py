@@ -1,0 +1,166 @@
+"""The question: one definition, validated once, the same from Python, dictionaries and TOML."""
+
+import json
+import math
+import tomllib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_theory import Estimate, Finetuning, Pretraining, Problem, ProblemError
+from lora_theory.observables import to_plain
+
+RIGHT = {
+    "tokens": 2,
+    "activation": "softmax",
+    "teacher_rank": 0.5,
+    "label_noise": 0.5,
+    "pretraining": {"samples": 0.2, "penalty": 0.02},
+    "finetuning": {"samples": 3.0, "penalty": 0.2},
+}
+
+positive = st.floats(1e-300, 1e300)
+problems = st.builds(
+    Problem,
+    tokens=st.integers(2, 9),
+    activation=st.sampled_from(["softmax", "linear"]),
+    teacher_rank=positive,
+    label_noise=st.floats(0, 1e300),
+    pretraining=st.builds(Pretraining, samples=positive, penalty=positive, rank=positive),
+    finetuning=st.none()
+    | st.builds(
+        Finetuning,
+        samples=positive,
+        penalty=positive,
+        signal=positive,
+        sequences=st.sampled_from(["fresh", "reused"]),
+    ),
+)
+
+BAD = [
+    ("tokens", 1, "integer ≥ 2"),
+    ("tokens", 0, "integer ≥ 2"),
+    ("tokens", 2.5, "integer ≥ 2"),
+    ("tokens", True, "integer ≥ 2"),
+    ("activation", "relu", '"softmax" or "linear"'),
+    ("activation", 3, '"softmax" or "linear"'),
+    ("teacher_rank", 0, "> 0"),
+    ("teacher_rank", "1", "> 0"),
+    ("label_noise", -1e-9, "≥ 0"),
+    ("label_noise", math.nan, "≥ 0"),
+    ("pretraining.samples", 0.0, "> 0"),
+    ("pretraining.penalty", -1, "> 0"),
+    ("pretraining.rank", math.inf, "> 0"),
+    ("pretraining.rank", None, "> 0"),
+    ("finetuning.samples", math.nan, "> 0"),
+    ("finetuning.penalty", 0, "> 0"),
+    ("finetuning.signal", -math.inf, "> 0"),
+    ("finetuning.sequences", "new", '"fresh" or "reused"'),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD)
+def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(ProblemError) as caught:
+        Problem.from_dict(RIGHT).replace({name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name} = {value!r} ")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_one_token_is_for_linear_attention_only():
+    assert Problem.from_dict(RIGHT).replace(tokens=1, activation="linear").tokens == 1
+
+
+@given(problems)
+def test_toml_and_dictionaries_give_the_problem_back(problem):
+    assert Problem.from_dict(problem.to_dict()) == problem
+    assert Problem.from_dict(tomllib.loads(problem.to_toml())) == problem
+
+
+def test_toml_files(tmp_path):
+    path = tmp_path / "problem.toml"
+    problem = Problem.from_dict(RIGHT)
+    problem.to_toml(path)
+    assert Problem.from_toml(path) == problem
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ProblemError, match="not UTF-8"):
+        Problem.from_toml(path)
+    path.write_text("tokens = [")
+    with pytest.raises(ProblemError, match="not valid TOML"):
+        Problem.from_toml(path)
+    with pytest.raises(ProblemError, match="cannot be read"):
+        Problem.from_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("key", ["colour", "pretraining.colour", "finetuning.colour"])
+def test_an_unknown_key_is_refused(key):
+    with pytest.raises(ProblemError, match=f"^{key} is not a field"):
+        Problem.from_dict(RIGHT).replace({key: 1})
+
+
+@pytest.mark.parametrize("key", ["tokens", "label_noise"])
+def test_a_missing_key_is_named(key):
+    with pytest.raises(ProblemError, match=f"^{key} is missing"):
+        Problem.from_dict({name: value for name, value in RIGHT.items() if name != key})
+
+
+def test_missing_keys_of_the_stages_are_named():
+    with pytest.raises(ProblemError, match=r"^pretraining\.samples is missing"):
+        Problem.from_dict({**RIGHT, "pretraining": {"penalty": 1.0}})
+    with pytest.raises(ProblemError, match=r"^finetuning\.penalty is missing"):
+        Problem.from_dict({**RIGHT, "finetuning": {"samples": 1.0}})
+    with pytest.raises(ProblemError, match=r"^pretraining = 3 must be a table"):
+        Problem.from_dict({**RIGHT, "pretraining": 3})
+
+
+def test_a_number_too_large_for_a_float_is_refused():
+    with pytest.raises(ProblemError, match="label_noise is too large"):
+        Problem.from_dict({**RIGHT, "label_noise": 10**400})
+
+
+def test_numbers_of_numpy_are_normalised():
+    problem = Problem.from_dict(
+        {**RIGHT, "tokens": np.int64(3), "teacher_rank": np.float32(0.5), "label_noise": 1}
+    )
+    assert type(problem.tokens) is int
+    assert type(problem.teacher_rank) is float
+    assert type(problem.label_noise) is float
+
+
+def test_replace_changes_only_what_is_named():
+    problem = Problem.from_dict(RIGHT)
+    changed = problem.replace({"finetuning.signal": 2.0}, tokens=3)
+    assert (changed.tokens, changed.finetuning.signal) == (3, 2.0)
+    assert changed.replace({"finetuning.signal": 1.0}, tokens=2) == problem
+    assert problem.replace(finetuning=None).finetuning is None
+
+
+def test_flat_names_are_those_of_the_specs():
+    names = [spec.name for spec in Problem.specs()]
+    assert list(Problem.from_dict(RIGHT).to_flat()) == names
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([1.0, 1.2, 1.1, 1.1], "1.100 ± 0.041"), ([3.0], "3"), ([2.0, 2.0], "2")],
+)
+def test_an_estimate_is_printed_with_its_error(values, text):
+    assert str(Estimate.of(values)) == text
+
+
+def test_an_estimate_of_many_values_covers_their_mean():
+    rng = np.random.default_rng(0)
+    estimates = [Estimate.of(rng.normal(2.0, 3.0, 50)) for _ in range(400)]
+    covered = np.mean([abs(e.mean - 2.0) < 2 * e.error for e in estimates])
+    assert 0.92 < covered < 0.98
+    assert estimates[0].count == 50
+
+
+def test_plain_values_are_strict_json():
+    plain = to_plain({"a": [np.float64(1.5), math.nan], "b": Estimate(1.0, None, 1)})
+    text = json.dumps(plain, allow_nan=False)
+    assert json.loads(text) == {"a": [1.5, None], "b": {"mean": 1.0, "error": None, "count": 1}}
