@@ -15,15 +15,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.slow
 def test_the_example_runs_and_theory_and_simulation_are_close(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 11
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
     names: dict = {}
     exec(example, names)
     theory, measured = names["theory"].finetuning, names["measured"].finetuning
     overlap = measured.overlap
     assert abs(overlap.mean - theory.overlap) < 5 * overlap.error + 0.01
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("theory     E' = ")
-    assert "±" in printed[1]
+    assert printed[1].startswith(f"overlap: theory {theory.overlap:.4f} ± ")
+    assert printed[1].endswith(f"D = 60 {overlap}")
 
 
 def test_the_notation_table_is_the_problem():
