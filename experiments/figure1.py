@@ -8,7 +8,7 @@ the axis or one of them is kept, q0 = 1, and the ranges of the axes.
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain
+from itertools import chain, product
 from multiprocessing import get_context
 from typing import Any
 
@@ -56,30 +56,26 @@ def problem(activation: str, fields: dict[str, float]) -> Problem:
     )
 
 
-def curves_of(activation: str, profile: Profile) -> list[dict[str, Any]]:
-    """All rows of one activation."""
-    rows = []
+def rows_of(source: str, activation: str, profile: Profile) -> list[dict[str, Any]]:
+    """All rows of theory, or of simulation, of one activation."""
+    compute_rows = {"theory": theory_rows, "simulation": simulation_rows}[source]
+    rows: list[dict[str, Any]] = []
     for axis, (ends, few, many, (curve, levels)) in PANELS.items():
-        grid = np.geomspace(*ends, profile.points)
-        simulated = profile.pick(quick=few, full=many)
-        for level in levels:
+        values = np.geomspace(*ends, profile.points).tolist()
+        if source == "simulation":
+            values = profile.pick(quick=few, full=many)
+            levels = profile.pick(quick=(BASE[curve],), full=levels)
+        for level, x in product(levels, values):
             labels = {"axis": axis, "curve": curve, "level": level}
-            rows += chain.from_iterable(
-                theory_rows(problem(activation, {axis: float(x), curve: level}), labels, profile)
-                for x in grid
-            )
-            if profile.name == "quick" and level != BASE[curve]:
-                continue
-            rows += chain.from_iterable(
-                simulation_rows(problem(activation, {axis: x, curve: level}), labels, profile)
-                for x in simulated
-            )
+            rows += compute_rows(problem(activation, {axis: x, curve: level}), labels, profile)
     return rows
 
 
 def compute(profile: Profile) -> pd.DataFrame:
-    with ProcessPoolExecutor(len(ACTIVATIONS), mp_context=get_context("spawn")) as pool:
-        parts = pool.map(curves_of, ACTIVATIONS, [profile] * len(ACTIVATIONS))
+    # two processes share four jobs; the longest, the theory of softmax, comes first
+    activations, sources = zip(*product(ACTIVATIONS, ("theory", "simulation")), strict=True)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parts = pool.map(rows_of, sources, activations, [profile] * len(sources))
         return pd.DataFrame(list(chain.from_iterable(parts)))
 
 

@@ -50,7 +50,7 @@ class Profile:
         return full if self.name == "full" else quick
 
 
-QUICK = Profile("quick", nodes=64, blocks=4, points=4, dim=48, seeds=4)
+QUICK = Profile("quick", nodes=64, blocks=3, points=4, dim=48, seeds=4)
 FULL = Profile("full", nodes=256, blocks=8, points=9, dim=150, seeds=4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--redraw", action="store_true", help="from the tables, computing nothing")
     options = parser.parse_args()
     mpl.use("Agg")
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # remarks on dates in font files
     chosen = FULL if options.full else QUICK
     folder = FIGURES if options.full else FIGURES / "quick"
     for name in [options.only] if options.only else EXPERIMENTS:
