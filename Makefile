@@ -34,7 +34,7 @@ test: $(INSTALLED) ## linters, type checker and all tests, the slow ones include
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "make fails: run '$(BIN)/ruff format .'"; exit 1; }
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -n $(WORKERS) -m ""
+	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m ""
 
 clean: ## remove what was computed and built, except .venv and figures/
 	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -114,7 +114,8 @@ def solve_branches(
     else:
         zero = branch(lora.ZERO, lora.ZERO_SPREAD, 0.0)
         shrinks = zero.observables[lora.OBSERVABLES.index("growth")] < 0
-        found |= {"zero": zero} if shrinks else {"uninformed": uninformed}
+        solved = zero.residual < discretisation.tolerance
+        found |= {"zero": zero} if shrinks and solved else {"uninformed": uninformed}
     return _by_potential(found, discretisation.tolerance)
 
 

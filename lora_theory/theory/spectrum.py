@@ -17,8 +17,6 @@ from jaxtyping import Array, Float
 
 __all__ = ["learned_rank", "stieltjes", "truncated_second_moment"]
 
-_CUBE_ROOTS_OF_ONE = (1.0, -0.5 + 0.75**0.5 * 1j, -0.5 - 0.75**0.5 * 1j)
-
 
 def _cubic_coefficients(
     x: Float[Array, ""], delta: Float[Array, ""], teacher_rank: Float[Array, ""]
@@ -48,30 +46,42 @@ def stieltjes(
     """
     x, delta, teacher_rank = (jnp.asarray(v, dtype=float) for v in (x, delta, teacher_rank))
     a3, a2, a1, a0 = _cubic_coefficients(x, delta, teacher_rank)
-    # Cardano on the depressed cubic, the larger of the two cubes to avoid cancellation.
+    # Cardano for the real root farthest from the others, which is well conditioned; the other two
+    # from the quadratic that is left.
     shift = -a2 / (3 * a3)
     p = (3 * a3 * a1 - a2**2) / (9 * a3**2)
     half_q = (2 * a2**3 - 9 * a3 * a2 * a1 + 27 * a3**2 * a0) / (54 * a3**3)
-    root = jnp.sqrt((half_q**2 + p**3).astype(complex))
-    cube = jnp.where(half_q > 0, -half_q - root, -half_q + root)
-    first = jnp.where(cube == 0, 0.0, jnp.power(jnp.where(cube == 0, 1.0, cube), 1 / 3))
-    candidates = jnp.stack([first * w for w in _CUBE_ROOTS_OF_ONE])
-    g = candidates - jnp.where(candidates == 0, 0.0, p / jnp.where(candidates == 0, 1, candidates))
-    g = g + shift
+    inner, side = half_q**2 + p**3, jnp.where(half_q > 0, -1.0, 1.0)
+    cube = side * jnp.cbrt(jnp.abs(half_q) + jnp.sqrt(jnp.maximum(inner, 0.0)))
+    alone = cube - jnp.where(cube == 0, 0.0, p / jnp.where(cube == 0, 1.0, cube))
+    size = jnp.sqrt(jnp.maximum(-p, 0.0))
+    cosine = jnp.clip(jnp.abs(half_q) / jnp.where(size == 0, 1.0, size**3), 0.0, 1.0)
+    extreme = side * 2 * size * jnp.cos(jnp.arccos(cosine) / 3)
 
     def polish(_: int, g: Array) -> Array:
         value = ((a3 * g + a2) * g + a1) * g + a0
         slope = (3 * a3 * g + 2 * a2) * g + a1
         step = value / jnp.where(slope == 0, 1.0, slope)
-        return jnp.where(jnp.abs(step) < 0.1 * jnp.abs(g), g - step, g)
+        return jnp.where(jnp.abs(step) < 0.5 * jnp.abs(g), g - step, g)
 
-    g = jax.lax.fori_loop(0, 3, polish, g)
+    first = jax.lax.fori_loop(0, 4, polish, shift + jnp.where(inner > 0, alone, extreme))
+    b0 = -a0 / first  # a3 g² + b1 g + b0; b1 by the way that cancels less
+    forward = jnp.maximum(jnp.abs(a2), jnp.abs(a3 * first))
+    backward = jnp.maximum(jnp.abs(a1), jnp.abs(b0)) / jnp.abs(first)
+    b1 = jnp.where(forward < backward, a2 + a3 * first, (b0 - a1) / first)
+    discriminant = b1**2 - 4 * a3 * b0
+    root = jnp.sqrt(jnp.abs(discriminant))
+    larger = -(b1 + jnp.where(b1 < 0, -1.0, 1.0) * root) / 2
+    real = jnp.stack([first, larger / a3, b0 / jnp.where(larger == 0, 1.0, larger)])
+    real = jax.lax.fori_loop(0, 2, polish, real)
     c = 1.0 / jnp.sqrt(teacher_rank)
-    complex_pair = jnp.max(jnp.abs(g.imag) / jnp.abs(g)) > 1e-7
-    decreasing = (-1 / g**2 + 1 / (1 - c * g) ** 2 + delta**2).real
-    score = jnp.where(complex_pair, g.imag / jnp.abs(g), decreasing)
-    chosen = g[jnp.argmin(score)]
-    return chosen.real, jnp.where(complex_pair, jnp.abs(chosen.imag) / jnp.pi, 0.0)
+    decreasing = -1 / real**2 + 1 / (1 - c * real) ** 2 + delta**2
+    outside = real[jnp.argmin(decreasing)]
+    inside = discriminant < 0
+    return (
+        jnp.where(inside, -b1 / (2 * a3), outside),
+        jnp.where(inside, root / (2 * a3 * jnp.pi), 0.0),
+    )
 
 
 def truncated_second_moment(

@@ -302,7 +302,7 @@ def test_strong_penalties_collapse_pretraining_at_the_predicted_strength(activat
         assert above.test_error == pytest.approx(1.5 * 1.75, rel=1e-9)
 
 
-@pytest.mark.parametrize("problem", [LINEAR, SOFTMAX])
+@pytest.mark.parametrize("problem", [LINEAR, pytest.param(SOFTMAX, marks=pytest.mark.slow)])
 def test_a_strong_lora_penalty_leaves_the_frozen_error(problem):
     answer = solution(problem, {"finetuning.penalty": 100.0})
     stage = answer.finetuning
@@ -391,7 +391,7 @@ def test_without_noise_the_error_vanishes_with_the_penalty():
     assert errors[0] / errors[1] == pytest.approx((0.1 / 0.03) ** 2, rel=0.1)
 
 
-@pytest.mark.parametrize("problem", [LINEAR, SOFTMAX])
+@pytest.mark.parametrize("problem", [LINEAR, pytest.param(SOFTMAX, marks=pytest.mark.slow)])
 def test_many_finetuning_samples_align_fully(problem):
     stages = [
         solution(problem, {"finetuning.samples": samples}).finetuning
@@ -408,7 +408,11 @@ def test_many_finetuning_samples_align_fully(problem):
 
 @pytest.mark.parametrize(
     "problem",
-    [LINEAR, SOFTMAX, pytest.param(SOFTMAX.replace(REUSED), marks=pytest.mark.slow)],
+    [
+        LINEAR,
+        pytest.param(SOFTMAX, marks=pytest.mark.slow),
+        pytest.param(SOFTMAX.replace(REUSED), marks=pytest.mark.slow),
+    ],
 )
 def test_weak_signal_is_not_found(problem):
     weak = solution(problem, {"finetuning.signal": 0.01}).finetuning
@@ -462,7 +466,7 @@ def test_best_alignment_and_least_error_part_for_reused_sequences():
     assert little.test_error > much.test_error
 
 
-@pytest.mark.parametrize("problem", [LINEAR, SOFTMAX])
+@pytest.mark.parametrize("problem", [LINEAR, pytest.param(SOFTMAX, marks=pytest.mark.slow)])
 def test_only_penalty_times_root_of_the_rank_matters(problem):
     answers = [
         solution(problem, {"pretraining.rank": rank, "pretraining.penalty": 0.02 / math.sqrt(rank)})
@@ -535,7 +539,7 @@ def sampled_errors(answer: Prediction, draws: int = 200_000) -> dict[str, np.nda
     "problem",
     [
         LINEAR.replace(tokens=3),
-        SOFTMAX,
+        pytest.param(SOFTMAX, marks=pytest.mark.slow),
         pytest.param(SOFTMAX.replace(REUSED), marks=pytest.mark.slow),
         pytest.param(SOFTMAX.replace(tokens=3), marks=pytest.mark.slow),
     ],
