@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from lora_theory.problem import Finetuning
 from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
-from lora_theory.theory.nodes import Discretisation, gaussian_blocks
+from lora_theory.theory.averages import Averages
+from lora_theory.theory.nodes import Discretisation, coarse_chunks
+from lora_theory.theory.pretraining import effective_noise
 from lora_theory.theory.results import FinetuningPrediction
-from lora_theory.theory.roots import BlockValues, Root, solve, standard_error
+from lora_theory.theory.roots import Root, solve, standard_error
 
-__all__ = ["FrozenWeights", "solve_branches"]
+__all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
 # (log s, m/q0, log v) at q0 = 1: the uninformed root repels the damped iteration at large α'
 _UNINFORMED_STARTS = np.array(
@@ -33,27 +35,25 @@ _MERGED_OVERLAP = 0.05
 _VANISHED = 1e-3
 
 
-class FrozenWeights:
-    """What the equations of LoRA contain of the frozen weights.
+class FrozenWeights(NamedTuple):
+    """What the equations of LoRA contain of the frozen weights: one value per block of nodes.
 
-    ``shift`` is how far (Q, M, V) of each block of nodes are from their means.
+    The blocks of stage two take the roots of the blocks of stage one, whose error they so inherit.
     """
 
-    def __init__(
-        self,
-        Q: float,
-        M: float,
-        V: float,
-        label_variance: float,
-        shift: Float[np.ndarray, "R 3"] | None = None,
-    ) -> None:
-        self.Q, self.M, self.V = Q, M, V
-        self.label_variance, self.shift = label_variance, shift
+    Q: Float[np.ndarray, " R"]
+    M: Float[np.ndarray, " R"]
+    V: Float[np.ndarray, " R"]
+    label_variance: float
 
-    def noises(self, tokens: int, reused: bool) -> tuple[float, float]:
-        """Δ_eff of linear attention on the test law and on the training sequences."""
-        test = self.label_variance - 2 * self.M + self.Q
-        return test, test / (1 + 4 * self.V / tokens**2) ** 2 if reused else test
+    def effective_noise(self) -> Float[np.ndarray, " R"]:
+        """Δ_eff of linear attention on the test law."""
+        return np.asarray(effective_noise(self.Q, self.M, self.label_variance))
+
+    def training_noise(self, tokens: int, reused: bool) -> Float[np.ndarray, " R"]:
+        """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4)."""
+        shrink = (1 + 4 * self.V / tokens**2) ** 2 if reused else 1.0
+        return self.effective_noise() / shrink
 
 
 def solve_branches(
@@ -64,41 +64,17 @@ def solve_branches(
     discretisation: Discretisation,
 ) -> tuple[FinetuningPrediction, ...]:
     """All branches found, the one of least potential first (docs/theory.md, section 3.3)."""
-    task = lora.Task(stage.samples, stage.penalty, stage.signal, weights.label_variance)
-    reused, blocks = stage.sequences == "reused", discretisation.blocks
-    gaussian = gaussian_blocks(
-        lora.node_dimension(tokens, activation),
-        discretisation.points(tokens),
-        blocks,
-        discretisation.seed + 1,
-    )
-    linear = activation == "linear"
-    support: list[Array] | list[lora.Fields]
-    if linear:
-        test, training = weights.noises(tokens, reused)
-        support = [
-            lora.linear_fields(g, training, test, stage.signal, tokens=tokens) for g in gaussian
-        ]
-    else:
-        support = [jnp.asarray(g) for g in gaussian]
-    parameters = np.zeros(0) if linear else np.array([weights.Q, weights.M, weights.V])
+    nodes = FinetuningNodes(stage, weights, tokens, activation, discretisation)
     scale = 0.5 * math.log(stage.signal)
 
     def branch(held: tuple[bool, bool, bool], log_s: float, m: float) -> Root:
-        def values(x: Float[np.ndarray, " 3"], block: int) -> BlockValues:
-            return lora.finetuning_values(
-                x, parameters, support[block], task, held,
-                activation=activation, tokens=tokens, reused=reused,
-            )  # fmt: skip
-
         others = _UNINFORMED_STARTS + np.array([scale, 0.0, 0.0])
         return solve(
-            values,
+            nodes.averages(held),
             np.array([log_s, m, math.log(_START_V)]),
-            blocks=blocks,
+            coarse=nodes.coarse,
             tolerance=discretisation.tolerance,
             relaxation=lora.relaxation,
-            parameter_shift=None if linear else weights.shift,
             others=list(others) if held == lora.UNINFORMED else [],
         )
 
@@ -117,6 +93,47 @@ def solve_branches(
         solved = zero.residual < discretisation.tolerance
         found |= {"zero": zero} if shrinks and solved else {"uninformed": uninformed}
     return _by_potential(found, discretisation.tolerance)
+
+
+class FinetuningNodes:
+    """The nodes of stage two with what the frozen weights and the task fix on them."""
+
+    def __init__(
+        self,
+        stage: Finetuning,
+        weights: FrozenWeights,
+        tokens: int,
+        activation: str,
+        discretisation: Discretisation,
+    ) -> None:
+        self.task = lora.Task(stage.samples, stage.penalty, stage.signal, weights.label_variance)
+        self._blocks, reused = discretisation.blocks, stage.sequences == "reused"
+        dimension = lora.node_dimension(tokens, activation)
+        chunks, self._together = discretisation.chunks(dimension, tokens, discretisation.seed + 1)
+        self.coarse = coarse_chunks(chunks)
+        self._linear = activation == "linear"
+        self._fields: list[lora.LinearFields | lora.SoftmaxFields]
+        if self._linear:
+            training = float(weights.training_noise(tokens, reused)[0])
+            test = float(weights.effective_noise()[0])
+            self._fields = [
+                lora.linear_fields(chunk, training, test, stage.signal, tokens=tokens)
+                for chunk in chunks
+            ]
+            return
+        total = sum(chunk.shape[1] for chunk in chunks)
+        per_node = [np.repeat(part, total // self._blocks) for part in weights[:3]]
+        parts = zip(*(np.split(part, len(chunks)) for part in per_node), strict=True)
+        self._fields = [
+            lora.softmax_fields(chunk, Q, M, V, self.task, tokens=tokens, reused=reused)
+            for chunk, (Q, M, V) in zip(chunks, parts, strict=True)
+        ]
+
+    def averages(self, held: tuple[bool, bool, bool]) -> Averages:
+        """The equations of a branch on these nodes."""
+        kind = lora.LinearFinetuning if self._linear else lora.SoftmaxFinetuning
+        equations = kind(self.task, held, blocks=self._together)
+        return Averages(equations, self._fields, self._blocks)
 
 
 def _prediction(name: str, root: Root, tolerance: float) -> FinetuningPrediction:

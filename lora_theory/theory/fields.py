@@ -13,7 +13,15 @@ from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
 
-__all__ = ["RowExpansion", "field_basis", "field_count", "softmax_loss", "to_fields"]
+__all__ = [
+    "RowExpansion",
+    "field_basis",
+    "field_count",
+    "field_pairs",
+    "softmax_field_hessian",
+    "softmax_loss",
+    "to_fields",
+]
 
 
 def field_count(tokens: int, activation: str) -> int:
@@ -26,18 +34,62 @@ def field_basis(tokens: int, activation: str) -> np.ndarray:
 
     In the coordinates z_ab = h_ab/√(1 + δ_ab), a ≤ b, of docs/theory.md section 1 the basis is
     orthonormal.  Adding one number to all logits does not change a softmax: for it the direction
-    f_ab ∝ 1/√(1 + δ_ab) (h ∝ 11ᵀ) is left out.
+    f_ab ∝ 1/√(1 + δ_ab) (h ∝ 11ᵀ) is left out, by the reflection that takes it to the first pair.
     """
-    pairs = [(a, b) for a in range(tokens) for b in range(a, tokens)]
-    flat = np.array([2**-0.5 if a == b else 1.0 for a, b in pairs])
+    pairs = field_pairs(tokens)
     directions = np.eye(len(pairs))
     if activation == "softmax":
-        rotation = np.linalg.qr(np.column_stack([flat, directions[:, 1:]]))[0]
-        directions = rotation[:, 1:]
+        mirror, square = _reflection(tokens)
+        directions = (directions - 2 / square * np.outer(mirror, mirror))[:, 1:]
     basis = np.zeros((tokens, tokens, directions.shape[1]))
     for (a, b), row in zip(pairs, directions, strict=True):
         basis[a, b] = basis[b, a] = row * (2**0.5 if a == b else 1.0)
     return basis
+
+
+def field_pairs(tokens: int) -> list[tuple[int, int]]:
+    """The pairs a ≤ b of z_ab, in order."""
+    return [(a, b) for a in range(tokens) for b in range(a, tokens)]
+
+
+def _reflection(tokens: int) -> tuple[np.ndarray, float]:
+    """f/‖f‖ − e_1 and its square: I − 2wwᵀ/w² exchanges the flat direction f and e_1."""
+    flat = np.array([2**-0.5 if a == b else 1.0 for a, b in field_pairs(tokens)])
+    mirror = flat / np.linalg.norm(flat)
+    mirror[0] -= 1
+    return mirror, float(mirror @ mirror)
+
+
+def softmax_field_hessian(rows: Float[Array, "T T T nodes"]) -> Float[Array, "n n nodes"]:
+    """Hessian in the coordinates of :func:`field_basis` from that of every row of h.
+
+    In the pairs it is sparse; and as it annihilates the flat direction f, the reflection costs only
+    multiples of its first row: with w = f/‖f‖ − e_1 and i, j ≥ 2,
+    H'_ij = H_ij + 2(w_i H_1j + w_j H_i1)/w² + 4 w_i w_j H_11/w⁴.
+    """
+    tokens = rows.shape[0]
+    pairs = field_pairs(tokens)
+
+    def entry(i: tuple[int, int], j: tuple[int, int]) -> Array:
+        total = jnp.zeros(rows.shape[-1])
+        for row in set(i) & set(j):
+            column_i, column_j = (pair[0] + pair[1] - row for pair in (i, j))
+            total += rows[row, column_i, column_j]
+        scale = (2**0.5 if i[0] == i[1] else 1.0) * (2**0.5 if j[0] == j[1] else 1.0)
+        return scale * total
+
+    mirror, square = _reflection(tokens)
+    first = [entry(pairs[0], pair) for pair in pairs]
+    count = len(pairs)
+    columns: list[list[Array]] = [[first[0]] * (count - 1) for _ in range(count - 1)]
+    for i in range(1, count):
+        for j in range(i, count):
+            value = entry(pairs[i], pairs[j]) + 2 / square * (
+                mirror[i] * first[j] + mirror[j] * first[i]
+            )
+            value += 4 / square**2 * mirror[i] * mirror[j] * first[0]
+            columns[i - 1][j - 1] = columns[j - 1][i - 1] = value
+    return jnp.stack([jnp.stack(column) for column in columns])
 
 
 def to_fields(

@@ -7,6 +7,7 @@ the same nodes, jumps of the proximal operator included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,21 +17,25 @@ from jaxtyping import Array, Float
 from scipy.special import gammaincinv, ndtr
 
 from lora_theory.attention import attention
+from lora_theory.theory.averages import BlockValues
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
 from lora_theory.theory.pretraining import (
     SMALLEST_VARIANCE,
+    block_means,
     frozen_coordinates,
     paired,
-    stein_trace,
+    smooth_response,
 )
 from lora_theory.theory.proximal import (
     Proximal,
     linear_lora_proximal,
+    softmax_field_minima,
     softmax_field_proximal,
+    softmax_lora_minima,
     softmax_lora_proximal,
 )
-from lora_theory.theory.roots import BlockValues, log_ratio
+from lora_theory.theory.roots import log_ratio
 
 __all__ = [
     "INFORMED",
@@ -38,12 +43,15 @@ __all__ = [
     "UNINFORMED",
     "ZERO",
     "ZERO_SPREAD",
-    "Fields",
+    "LinearFields",
+    "LinearFinetuning",
+    "SoftmaxFields",
+    "SoftmaxFinetuning",
     "Task",
-    "finetuning_values",
     "linear_fields",
     "node_dimension",
     "relaxation",
+    "softmax_fields",
 ]
 
 #: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
@@ -66,13 +74,24 @@ class Task(NamedTuple):
     label_variance: float  # Q_y = Q0 + Δ/2, variance of z^y
 
 
-class Fields(NamedTuple):
+class LinearFields(NamedTuple):
     """Residual fields of linear attention on nodes, in the eigenbasis of R + χ*χ*ᵀ − q0 I."""
 
     levels: Float[Array, "T nodes"]
     signal: Float[Array, "T nodes"]  # χ*
     noise: Float[Array, "T nodes"]  # ζ
     effective_noise: Float[Array, ""]  # Δ_eff,0, of the test law
+
+
+class SoftmaxFields(NamedTuple):
+    """What the frozen weights and the task fix on the nodes of softmax attention."""
+
+    training: Float[Array, "T T nodes"]  # h of the training sequences
+    test: Float[Array, "T T nodes"]  # h of the test law
+    labels: Float[Array, "T T nodes"]  # y'
+    signal: Float[Array, "T nodes"]  # χ*
+    noise: Float[Array, "T nodes"]  # ζ
+    guess: Float[Array, "T nodes"]  # χ that would fit the labels best if σ were linear
 
 
 def node_dimension(tokens: int, activation: str) -> int:
@@ -106,7 +125,7 @@ def linear_fields(
     signal: float,
     *,
     tokens: int,
-) -> Fields:
+) -> LinearFields:
     """Eigenvalues of R + χ*χ*ᵀ − q0 I, with χ* and ζ in its eigenbasis, for linear attention.
 
     R = h^y − h is a Gaussian orthogonal matrix of off-diagonal variance Δ_eff; its law does not
@@ -122,11 +141,70 @@ def linear_fields(
         jnp.asarray(signal, dtype=float),
         tokens,
     )
-    return Fields(levels, star, noise, jnp.asarray(test_noise, dtype=float))
+    return LinearFields(levels, star, noise, jnp.asarray(test_noise, dtype=float))
+
+
+@quickly_compiled("tokens", "reused")
+def _softmax_fields(
+    nodes: Array,
+    Q: Array,
+    M: Array,
+    V: Array,
+    signal: Array,
+    label_variance: Array,
+    tokens: int,
+    reused: bool,
+) -> SoftmaxFields:
+    n, T = field_count(tokens, "softmax"), tokens
+    basis, eye = field_basis(tokens, "softmax"), jnp.eye(T)[:, :, None]
+    label, z, _ = frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, label_variance)
+    label_fields = to_fields(basis, label)
+    training = z
+    if reused:
+        V = jnp.maximum(V, SMALLEST_VARIANCE)
+        labels = attention(label_fields, "softmax", row_axis=0)
+        minimum = softmax_field_minima(labels, z, V, jnp.stack([z, label])).point
+        training = softmax_field_proximal(labels, z, V, minimum).point
+    star = jnp.sqrt(signal) * nodes[2 * n : 2 * n + T]
+    lift = star[:, None] * star[None] - signal * eye
+    task_labels = attention(label_fields + lift, "softmax", row_axis=0)
+    target = label_fields - to_fields(basis, training) + lift + signal * eye
+    levels, vectors = jnp.linalg.eigh(jnp.moveaxis(target - jnp.mean(target, (0, 1)), -1, 0))
+    guess = jnp.sqrt(jnp.maximum(levels[:, -1], 0.0)) * vectors[:, :, -1].T
+    # the fields do not depend on ζ: computed once per mirror pair
+    doubled = [
+        jnp.concatenate([part, part], axis=-1)
+        for part in (to_fields(basis, training), to_fields(basis, z), task_labels, star, guess)
+    ]
+    noise = jnp.concatenate([nodes[2 * n + T :], -nodes[2 * n + T :]], axis=-1)
+    return SoftmaxFields(*doubled[:4], noise, doubled[4])
+
+
+def softmax_fields(
+    nodes: Float[np.ndarray, "2n+2T nodes"],
+    Q: Float[np.ndarray, " nodes"],
+    M: Float[np.ndarray, " nodes"],
+    V: Float[np.ndarray, " nodes"],
+    task: Task,
+    *,
+    tokens: int,
+    reused: bool,
+) -> SoftmaxFields:
+    """The fields that (Q, M, V), here one value per node, leave to fine-tuning.
+
+    Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z
+    (docs/theory.md, section 3).
+    """
+    arrays = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
+    return SoftmaxFields(
+        *_softmax_fields(
+            *arrays, jnp.asarray(task.signal), jnp.asarray(task.label_variance), tokens, reused
+        )
+    )
 
 
 class _Output(NamedTuple):
-    """Node averages at given (q, m, v)."""
+    """Node averages at given (q, m, v), one entry per block."""
 
     force_square: Array  # E|G|²
     force_noise: Array  # E G·ζ
@@ -138,118 +216,132 @@ class _Output(NamedTuple):
     frozen_test_error: Array
 
 
-def _collect(
-    prox: Proximal, signal: Array, noise: Array, slope: Array, errors: tuple[Array, Array]
+def _linear_output(
+    point: tuple[Array, ...], fields: LinearFields, task: Task, blocks: int
 ) -> _Output:
-    G = prox.force
-    return _Output(
-        jnp.mean(jnp.sum(G**2, 0)),
-        jnp.mean(jnp.sum(G * noise, 0)),
-        jnp.mean(jnp.sum(G * signal, 0)),
-        jnp.mean(slope),
-        jnp.mean(stein_trace(prox)),
-        jnp.mean(prox.loss),
-        *errors,
-    )
-
-
-def _linear_output(point: tuple[Array, ...], fields: Fields, task: Task, tokens: int) -> _Output:
     q, m, v, s = point
+    tokens = fields.levels.shape[0]
     levels = fields.levels + q
     omega = m / task.signal * fields.signal + s * fields.noise
     prox = linear_lora_proximal(levels, omega, v)
     slope = 2 / tokens**2 * (jnp.sum(levels, 0) - jnp.sum(prox.point**2, 0))
     shape = (tokens + 1) / tokens
+    every = jnp.ones_like(slope)
     test = shape * (fields.effective_noise + task.signal**2 + q**2 - 2 * m**2)
     frozen = shape * (fields.effective_noise + task.signal**2)
-    return _collect(prox, fields.signal, fields.noise, slope, (test, frozen))
+    return _collect(prox, fields, slope, test * every, frozen * every, blocks)
+
+
+def _collect(
+    prox: Proximal,
+    fields: LinearFields | SoftmaxFields,
+    slope: Array,
+    test: Array,
+    frozen: Array,
+    blocks: int,
+) -> _Output:
+    G = prox.force
+    stein = smooth_response(prox)
+    parts = [jnp.sum(G**2, 0), jnp.sum(G * fields.noise, 0), jnp.sum(G * fields.signal, 0)]
+    parts += [slope, stein, prox.loss, test, frozen]
+    return _Output(*(block_means(part, blocks) for part in parts))
 
 
 def _softmax_output(
-    point: tuple[Array, ...],
-    frozen: Array,
-    nodes: Array,
-    task: Task,
-    tokens: int,
-    reused: bool,
+    point: tuple[Array, ...], fields: SoftmaxFields, minimum: Array, task: Task, blocks: int
 ) -> _Output:
     q, m, v, s = point
-    Q, M, V = frozen
-    n, T, q0 = field_count(tokens, "softmax"), tokens, task.signal
-    basis, eye = field_basis(tokens, "softmax"), jnp.eye(T)[:, :, None]
-    # the frozen fields do not depend on ζ: computed once per mirror pair, then doubled
-    label, test_z, _ = frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, task.label_variance)
-    label_fields, test_fields = to_fields(basis, label), to_fields(basis, test_z)
-    training_fields = test_fields
-    if reused:
-        labels = attention(label_fields, "softmax", row_axis=0)
-        V = jnp.maximum(V, SMALLEST_VARIANCE)
-        training_z = softmax_field_proximal(basis, labels, label, test_z, V).point
-        training_fields = to_fields(basis, training_z)
-    label_fields, test_fields, training_fields = (
-        jnp.concatenate([fields, fields], axis=-1)
-        for fields in (label_fields, test_fields, training_fields)
-    )
-    signal, noise = paired(jnp.sqrt(q0) * nodes[2 * n : 2 * n + T], nodes[2 * n + T :])
-    omega = m / q0 * signal + s * noise
-    lift = signal[:, None] * signal[None] - q0 * eye
-    task_labels = attention(label_fields + lift, "softmax", row_axis=0)
-    prox = softmax_lora_proximal(training_fields, task_labels, signal, omega, v, q)
+    eye = jnp.eye(minimum.shape[0])[:, :, None]
+    omega = m / task.signal * fields.signal + s * fields.noise
+    prox = softmax_lora_proximal(fields.training, fields.labels, omega, v, q, minimum)
     chi = prox.point
-    fitted = softmax_loss(training_fields + chi[:, None] * chi[None] - q * eye, task_labels)
+    fitted = softmax_loss(fields.training + chi[:, None] * chi[None] - q * eye, fields.labels)
     slope = -jnp.einsum("aaN->N", fitted.gradient)
 
     def error(student: Array) -> Array:
-        gap = task_labels - attention(student, "softmax", row_axis=0)
-        return jnp.mean(jnp.sum(gap**2, (0, 1)))
+        gap = fields.labels - attention(student, "softmax", row_axis=0)
+        return jnp.sum(gap**2, (0, 1))
 
-    errors = error(test_fields + omega[:, None] * omega[None] - q * eye), error(test_fields)
-    return _collect(prox, signal, noise, slope, errors)
+    test = error(fields.test + omega[:, None] * omega[None] - q * eye)
+    return _collect(prox, fields, slope, test, error(fields.test), blocks)
 
 
-@quickly_compiled("activation", "tokens", "reused")
-def _evaluate(
-    unknowns: Array,
-    frozen: Array,
-    support: Array | Fields,
-    task: Task,
-    held: Array,
-    activation: str,
-    tokens: int,
-    reused: bool,
-) -> tuple[Array, Array, Array]:
+def _point(unknowns: Array, signal: float) -> tuple[Array, ...]:
+    """(q, m, v, s) from (log s, m/q0, log v)."""
+    s, m, v = jnp.exp(unknowns[0]), unknowns[1] * signal, jnp.exp(unknowns[2])
+    return s**2 + m**2 / signal, m, v, s
+
+
+def _rows(
+    x: Array, output: Callable[[tuple[Array, ...]], _Output], task: Task, held: Array
+) -> Array:
+    """Residuals and observables by block, from the node averages at given (q, m, v, s)."""
     q0, alpha = task.signal, task.samples
+    point = q, m, v, s = _point(x, q0)
+    out = output(point)
+    q_hat = alpha * out.force_square
+    response = -alpha / s * out.force_noise
+    v_hat = response + 2 * alpha * out.norm_slope
+    m_hat = alpha / q0 * out.force_signal + m / q0 * response
+    R = 2 * task.penalty + v_hat
+    growth = q_hat * v**2 / s**2 - 1
+    free = [growth, m_hat * v - m / q0, 1 - v * R]
+    fixed = [ZERO_SPREAD - x[0], -x[1], jnp.zeros(())]
+    rows = [jnp.where(held[i], fixed[i], free[i]) for i in range(3)]
+    # φ with the conjugates eliminated, linear in the node averages
+    potential = alpha * (0.5 * v * out.force_square + out.train_error)
+    potential += task.penalty * q - s**2 / (2 * v)
+    overlap = jnp.abs(m) / jnp.sqrt(q * q0)
+    rows += [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
+    rows += [out.test_error, out.train_error, out.frozen_test_error]
+    rows += [(response - alpha / v * out.stein) / jnp.mean(response), growth]
+    return jnp.stack([jnp.broadcast_to(row, growth.shape) for row in rows], axis=1)
 
-    def stacked(everything: Array) -> tuple[Array, Array]:
-        x = everything[:3]
-        s, m, v = jnp.exp(x[0]), x[1] * q0, jnp.exp(x[2])
-        q = s**2 + m**2 / q0
-        point = (q, m, v, s)
-        if isinstance(support, Fields):
-            out = _linear_output(point, support, task, tokens)
-        else:
-            out = _softmax_output(point, everything[3:], support, task, tokens, reused)
-        q_hat = alpha * out.force_square
-        response = -alpha / s * out.force_noise
-        v_hat = response + 2 * alpha * out.norm_slope
-        m_hat = alpha / q0 * out.force_signal + m / q0 * response
-        R = 2 * task.penalty + v_hat
-        growth = q_hat * v**2 / s**2 - 1
-        free = jnp.stack([growth, m_hat * v - m / q0, 1 - v * R])
-        fixed = jnp.stack([ZERO_SPREAD - x[0], -x[1], 0.0])
-        residual = jnp.where(held, fixed, free)
-        # φ with the conjugates eliminated, linear in the node averages
-        potential = alpha * (0.5 * v * out.force_square + out.train_error)
-        potential += task.penalty * q - s**2 / (2 * v)
-        overlap = jnp.abs(m) / jnp.sqrt(q * q0)
-        jumps = 1 - alpha / v * out.stein / response
-        observables = [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
-        observables += [out.test_error, out.train_error, out.frozen_test_error, jumps, growth]
-        both = jnp.concatenate([residual, jnp.stack(observables)])
-        return both, both
 
-    jacobian, both = jax.jacfwd(stacked, has_aux=True)(jnp.concatenate([unknowns, frozen]))
-    return both[:3], both[3:], jacobian
+@quickly_compiled("blocks")
+def _linear_values(
+    unknowns: Array, fields: LinearFields, task: Task, held: Array, blocks: int
+) -> tuple[Array, Array]:
+    def rows(x: Array) -> tuple[Array, Array]:
+        both = _rows(x, lambda point: _linear_output(point, fields, task, blocks), task, held)
+        return jnp.mean(both, axis=0), both
+
+    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
+    return both, jacobian
+
+
+@quickly_compiled("blocks")
+def _softmax_values(
+    unknowns: Array, fields: SoftmaxFields, task: Task, held: Array, known: Array, blocks: int
+) -> tuple[Array, Array, Array]:
+    found = _followed(unknowns, fields, task, known)
+
+    def rows(x: Array) -> tuple[Array, Array]:
+        def output(point: tuple[Array, ...]) -> _Output:
+            return _softmax_output(point, fields, found[0], task, blocks)
+
+        both = _rows(x, output, task, held)
+        return jnp.mean(both, axis=0), both
+
+    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
+    return both, jacobian, found
+
+
+def _followed(
+    unknowns: Array, fields: SoftmaxFields, task: Task, known: Array, anew: bool = False
+) -> Array:
+    """The lowest minimum and its rival, from the known ones and, anew, from ω, ±χ*, ±guess."""
+    q, m, v, s = _point(unknowns, task.signal)
+    omega = m / task.signal * fields.signal + s * fields.noise
+    starts = known
+    if anew:
+        others = [omega, fields.signal, -fields.signal, fields.guess, -fields.guess]
+        starts = jnp.concatenate([jnp.stack(others), known])
+    found = softmax_lora_minima(fields.training, fields.labels, omega, v, q, starts)
+    return jnp.stack([found.point, found.rival])
+
+
+_search = quickly_compiled("anew")(_followed)
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
@@ -259,28 +351,49 @@ def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
     return np.asarray(0.6 * np.clip(step, (-0.7, -0.7, -2.0), (0.7, 0.7, 2.0)))
 
 
-def finetuning_values(
-    unknowns: Float[np.ndarray, " 3"],
-    frozen: Float[np.ndarray, " p"],
-    support: Float[Array, "2n+2T nodes"] | Fields,
-    task: Task,
-    held: tuple[bool, bool, bool],
-    *,
-    activation: str,
-    tokens: int,
-    reused: bool,
-) -> BlockValues:
-    """Relative residuals of the LoRA equations and all observables on one block of nodes.
+class LinearFinetuning:
+    """Relative residuals of the LoRA equations and all observables at (log s, m/q0, log v).
 
     Args:
-        unknowns: (log s, m/q0, log v).
-        frozen: (Q, M, V) of the frozen weights for softmax, empty for linear.
-        support: nodes for softmax; :func:`linear_fields` for linear.
         held: which unknowns are held instead of solved for: :data:`INFORMED` none,
             :data:`UNINFORMED` m = 0, :data:`ZERO` also s at exp(ZERO_SPREAD), which stands for 0.
+        blocks: number of blocks in a chunk.
     """
-    out = _evaluate(
-        jnp.asarray(unknowns), jnp.asarray(frozen), support, task, jnp.asarray(held),
-        activation, tokens, reused,
-    )  # fmt: skip
-    return BlockValues(*(np.asarray(part) for part in out))
+
+    def __init__(self, task: Task, held: tuple[bool, bool, bool], *, blocks: int) -> None:
+        self._task, self._held, self._blocks = task, jnp.asarray(held), blocks
+
+    def search(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, known: None) -> None:
+        """Nothing to search for: the global minimum is the root of one equation."""
+
+    def values(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, minima: None
+    ) -> tuple[BlockValues, None]:
+        """Residuals and observables of the blocks of a chunk."""
+        out = _linear_values(unknowns, chunk, self._task, self._held, self._blocks)
+        return BlockValues.of(*out), None
+
+
+class SoftmaxFinetuning:
+    """The same for softmax attention."""
+
+    def __init__(self, task: Task, held: tuple[bool, bool, bool], *, blocks: int) -> None:
+        self._task, self._held, self._blocks = task, jnp.asarray(held), blocks
+
+    def search(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array | None
+    ) -> Array:
+        """The lowest minimum of prox and its rival, (2, T, nodes)."""
+        if known is None:
+            known = jnp.zeros((2, *chunk.signal.shape))
+        found: Array = _search(unknowns, chunk, self._task, known, True)
+        return found
+
+    def values(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, minima: Array
+    ) -> tuple[BlockValues, Array]:
+        """Residuals and observables of the blocks of a chunk."""
+        rows, jacobian, minima = _softmax_values(
+            unknowns, chunk, self._task, self._held, minima, self._blocks
+        )
+        return BlockValues.of(rows, jacobian), minima

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["Expansion", "Objective", "minimise", "solve_positive_definite"]
+__all__ = ["Expansion", "Objective", "inverse_trace", "minimise", "solve_positive_definite"]
 
 _COMMON_STEPS, _SMALLEST_GROUP = 6, 64
 
@@ -30,19 +30,25 @@ class Expansion(NamedTuple):
 Objective = Callable[..., Expansion]
 
 
-def solve_positive_definite(
-    matrix: Float[Array, "n n nodes"], right: Float[Array, "n ... nodes"]
-) -> tuple[Float[Array, "n ... nodes"], Float[Array, " nodes"]]:
-    """A⁻¹b by Cholesky for every node, and the smallest pivot (≤ 0: A is not positive definite)."""
-    n = matrix.shape[0]
-    columns: list[Array] = []  # columns[j][i − j] = L_ij for i ≥ j
+def _cholesky(matrix: Float[Array, "n n nodes"]) -> tuple[list[Array], Float[Array, " nodes"]]:
+    """Columns of L (columns[j][i − j] = L_ij for i ≥ j) and the smallest pivot."""
+    columns: list[Array] = []
     smallest = jnp.full(matrix.shape[-1], jnp.inf)
-    for j in range(n):
+    for j in range(matrix.shape[0]):
         column = matrix[j:, j]
         for i, earlier in enumerate(columns):
             column = column - earlier[j - i :] * earlier[j - i]
         smallest = jnp.minimum(smallest, column[0])
         columns.append(column / jnp.sqrt(jnp.where(column[0] > 0, column[0], 1.0)))
+    return columns, smallest
+
+
+def solve_positive_definite(
+    matrix: Float[Array, "n n nodes"], right: Float[Array, "n nodes"]
+) -> tuple[Float[Array, "n nodes"], Float[Array, " nodes"]]:
+    """A⁻¹b by Cholesky for every node, and the smallest pivot (≤ 0: A is not positive definite)."""
+    n = matrix.shape[0]
+    columns, smallest = _cholesky(matrix)
     half: list[Array] = []
     for i in range(n):
         entry = right[i]
@@ -58,6 +64,22 @@ def solve_positive_definite(
     return jnp.stack(solution), smallest
 
 
+def inverse_trace(matrix: Float[Array, "n n nodes"]) -> Float[Array, " nodes"]:
+    """tr A⁻¹ = ‖L⁻¹‖² for every node, A = LLᵀ positive definite."""
+    n = matrix.shape[0]
+    columns, _ = _cholesky(matrix)
+    total = jnp.zeros(matrix.shape[-1])
+    for unit in range(n):
+        entries: list[Array] = []  # of column ``unit`` of L⁻¹, from the diagonal down
+        for i in range(unit, n):
+            entry = jnp.where(i == unit, 1.0, 0.0)
+            for j, known in enumerate(entries):
+                entry = entry - columns[unit + j][i - unit - j] * known
+            entries.append(entry / columns[i][0])
+        total = total + sum(entry**2 for entry in entries)
+    return total
+
+
 def minimise(
     objective: Objective,
     start: Float[Array, "n nodes"],
@@ -66,8 +88,8 @@ def minimise(
     *,
     tolerance: float,
     max_steps: int,
-) -> Float[Array, "n nodes"]:
-    """A local minimum per node, descending monotonically from ``start``.
+) -> tuple[Float[Array, "n nodes"], Float[Array, " nodes"]]:
+    """A local minimum per node, descending monotonically from ``start``, and its value.
 
     Newton steps on H + μI; μ grows where H + μI is not positive definite or the objective does
     not fall, and shrinks where it does.  A node stops once its undamped step is below
@@ -95,7 +117,8 @@ def minimise(
 
     group = max(_SMALLEST_GROUP, nodes // 16)
     if group >= nodes:
-        return descend(state, data, max_steps).point
+        state = descend(state, data, max_steps)
+        return state.point, state.value
     state = descend(state, data, _COMMON_STEPS)
 
     def finish(state: _State) -> _State:
@@ -105,7 +128,8 @@ def minimise(
         both = zip(state, part, strict=True)
         return _State(*(entry.at[..., slow].set(new) for entry, new in both))
 
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), finish, state).point
+    state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), finish, state)
+    return state.point, state.value
 
 
 class _State(NamedTuple):

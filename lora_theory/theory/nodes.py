@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -12,10 +13,13 @@ from scipy.stats import qmc
 
 from lora_theory.problem import ProblemError
 
-__all__ = ["Discretisation", "gaussian_blocks"]
+__all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
 
 #: Sobol points per block (each is used with its mirror image), by number of tokens.
 _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 1024}, 512
+#: Points computed at once, by number of tokens: what fits the cache.
+_CHUNKS, _SMALLEST_CHUNK = {1: 1024, 2: 512, 3: 256}, 128
+_COARSE_POINTS = 256
 
 
 class Discretisation(NamedTuple):
@@ -39,9 +43,29 @@ class Discretisation(NamedTuple):
             raise ProblemError(f"tolerance = {tolerance!r} is not allowed: it must be in (0, 1)")
         return cls(nodes, blocks, seed, tolerance)
 
+    def chunks(
+        self, dimension: int, tokens: int, seed: int
+    ) -> tuple[list[Float[np.ndarray, "dimension points"]], int]:
+        """Gaussian nodes in chunks ordered by block, and the number of blocks in each.
+
+        A chunk is part of a block, or a few small blocks one after another.
+        """
+        points, size = self.points(tokens), _CHUNKS.get(tokens, _SMALLEST_CHUNK)
+        blocks = gaussian_blocks(dimension, points, self.blocks, seed)
+        if points >= size:
+            return [part for block in blocks for part in np.split(block, points // size, 1)], 1
+        together = max(n for n in range(1, size // points + 1) if self.blocks % n == 0)
+        joined = blocks.reshape(self.blocks // together, together, dimension, points)
+        return [np.concatenate(list(part), axis=1) for part in joined], together
+
     def points(self, tokens: int) -> int:
         """Sobol points per block: ``nodes``, or the default for this number of tokens."""
         return self.nodes or _DEFAULT_POINTS.get(tokens, _FEWEST_POINTS)
+
+
+def coarse_chunks(chunks: Sequence[Float[np.ndarray, "dimension points"]]) -> int:
+    """How many chunks have the nodes on which a root is first looked for."""
+    return min(len(chunks), -(-_COARSE_POINTS // chunks[0].shape[1]))
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,16 +13,17 @@ from jaxtyping import Float
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.status import Status
 from lora_theory.theory import pretraining as pre
+from lora_theory.theory.averages import Averages
 from lora_theory.theory.branches import FrozenWeights, solve_branches
 from lora_theory.theory.fields import field_count
-from lora_theory.theory.nodes import Discretisation, gaussian_blocks
+from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import (
     EffectiveNoise,
     FinetuningPrediction,
     Prediction,
     PretrainingPrediction,
 )
-from lora_theory.theory.roots import BlockValues, Root, solve, standard_error
+from lora_theory.theory.roots import Root, solve, standard_error
 from lora_theory.theory.spectrum import learned_rank
 
 __all__ = ["finetune", "predict"]
@@ -77,14 +78,7 @@ def predict(
         noise = _effective_noise(problem, root)
         branches: tuple[FinetuningPrediction, ...] = ()
         if problem.finetuning is not None:
-            order = [pre.OBSERVABLES.index(name) for name in ("Q", "M", "V")]
-            weights = FrozenWeights(
-                pretraining.Q,
-                pretraining.M,
-                pretraining.V,
-                1 + problem.teacher_rank + problem.label_noise / 2,
-                root.block_observables[:, order] - root.observables[order],
-            )
+            weights = _frozen_weights(problem, root)
             branches = solve_branches(
                 problem.finetuning, weights, problem.tokens, problem.activation, discretisation
             )
@@ -146,7 +140,8 @@ def finetune(
             raise ProblemError(
                 f"noise.{name} = {value!r} is not allowed: it must be finite and ≥ 0"
             )
-    weights = FrozenWeights(noise.Q, noise.M, 0.0, noise.label_variance)
+    Q, M, V = (np.full(blocks, value) for value in (noise.Q, noise.M, 0.0))
+    weights = FrozenWeights(Q, M, V, noise.label_variance)
     with jax.enable_x64(True):
         return solve_branches(finetuning, weights, tokens, activation, discretisation)
 
@@ -162,26 +157,21 @@ def _check_tokens(tokens: int) -> None:
 @functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once
 def _solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
     constants = pre.Constants.of(problem)
-    dimension = 2 * field_count(problem.tokens, problem.activation)
-    count = discretisation.blocks
-    if problem.activation == "linear":
-        dimension, count = 1, 1  # closed forms: the nodes are not used
-    support = jnp.asarray(
-        gaussian_blocks(
-            dimension, discretisation.points(problem.tokens), count, discretisation.seed
-        )
-    )
-
-    def values(x: Float[np.ndarray, " 3"], block: int) -> BlockValues:
-        return pre.pretraining_values(
-            x, support[block], constants, activation=problem.activation, tokens=problem.tokens
-        )
+    tokens = problem.tokens
+    averages, coarse = Averages(pre.LinearPretraining(constants, tokens=tokens), [None], 1), 1
+    if problem.activation == "softmax":
+        n = field_count(tokens, problem.activation)
+        nodes, together = discretisation.chunks(2 * n, tokens, discretisation.seed)
+        coarse = coarse_chunks(nodes)
+        equations = pre.SoftmaxPretraining(constants, tokens=tokens, blocks=together)
+        labels = [pre.Labels(jnp.asarray(part[:n]), jnp.asarray(part[n:])) for part in nodes]
+        averages = Averages(equations, labels, discretisation.blocks)
 
     def solve_from(start: Float[np.ndarray, " 3"]) -> Root:
         return solve(
-            values,
+            averages,
             start,
-            blocks=count,
+            coarse=coarse,
             tolerance=discretisation.tolerance,
             relaxation=pre.relaxation,
         )
@@ -226,27 +216,35 @@ def _pretraining_prediction(
     )
 
 
-def _effective_noise(problem: Problem, root: Root) -> EffectiveNoise:
+def _frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
+    """Q, M and V at the roots of the single blocks."""
+    constants = pre.Constants.of(problem)
     order = [pre.OBSERVABLES.index(name) for name in ("Q", "M", "V")]
-    label_variance = 1 + problem.teacher_rank + problem.label_noise / 2
+    if root.observables[order[0]] < _COLLAPSED:
+        values = np.zeros((3, len(root.block_unknowns)))
+    else:
+        near = root.unknowns + np.clip(root.block_unknowns - root.unknowns, -1.0, 1.0)
+        values = np.array([pre.weights_at(x, constants) for x in near]).T
+    Q, M, V = values
+    return FrozenWeights(Q, M, V, constants.label_variance)
+
+
+def _effective_noise(problem: Problem, root: Root) -> EffectiveNoise:
+    weights = _frozen_weights(problem, root)
     reused = problem.finetuning is not None and problem.finetuning.sequences == "reused"
-
-    def numbers(Q: float, M: float, V: float) -> list[float]:
-        delta = label_variance - 2 * M + Q
-        shrink = (1 + 4 * V / problem.tokens**2) ** 2 if reused else 1.0
-        if Q < _COLLAPSED:
-            return [math.nan, label_variance, delta, delta / shrink]
-        return [M / Q, label_variance - M**2 / Q, delta, delta / shrink]
-
-    center = numbers(*root.observables[order])
-    spread = np.array([numbers(*row) for row in root.block_observables[:, order]])
-    error = standard_error(spread)
-    names = ("gain", "variance", "delta_eff", "delta_eff_training")
-    kept = names if problem.activation == "linear" else names[:2]
-    values = {name: value for name, value in zip(names, center, strict=True) if name in kept}
-    errors = {n: float(e) for n, e in zip(names, error, strict=True) if n in kept}
-    Q = float(root.observables[order[0]])
-    return EffectiveNoise(Q=max(Q, 0.0), quadrature_error=errors, **values)
+    Q, M = weights.Q, weights.M
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = M / Q
+        variance = weights.label_variance - np.where(Q > 0, M * gain, 0.0)
+    blocks = {"gain": gain, "variance": variance}
+    if problem.activation == "linear":
+        blocks["delta_eff"] = weights.effective_noise()
+        blocks["delta_eff_training"] = weights.training_noise(problem.tokens, reused)
+    return EffectiveNoise(
+        Q=float(Q.mean()),
+        quadrature_error={name: float(standard_error(part)) for name, part in blocks.items()},
+        **{name: float(part.mean()) for name, part in blocks.items()},
+    )
 
 
 def _worst(statuses: list[Status]) -> Status:

@@ -7,7 +7,9 @@ included.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,25 +19,30 @@ from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
 from lora_theory.problem import Problem
+from lora_theory.theory.averages import BlockValues
 from lora_theory.theory.compilation import quickly_compiled
-from lora_theory.theory.fields import field_basis, field_count, to_fields
-from lora_theory.theory.newton import solve_positive_definite
-from lora_theory.theory.proximal import Proximal, softmax_field_proximal
-from lora_theory.theory.roots import BlockValues, log_ratio
+from lora_theory.theory.fields import field_basis, to_fields
+from lora_theory.theory.newton import inverse_trace
+from lora_theory.theory.proximal import Proximal, softmax_field_minima, softmax_field_proximal
+from lora_theory.theory.roots import log_ratio
 from lora_theory.theory.spectrum import truncated_second_moment
 
 __all__ = [
     "OBSERVABLES",
     "SMALLEST_VARIANCE",
     "Constants",
+    "Labels",
+    "LinearPretraining",
+    "SoftmaxPretraining",
+    "block_means",
+    "effective_noise",
     "frozen_coordinates",
-    "linear_effective_noise",
     "paired",
-    "pretraining_values",
     "relaxation",
-    "stein_trace",
+    "smooth_response",
     "weight_potential",
     "weight_side",
+    "weights_at",
 ]
 
 #: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
@@ -91,6 +98,17 @@ def weight_side(
     return -4 * slopes[2], 2 * slopes[1], 4 * slopes[0]
 
 
+@quickly_compiled()
+def _weights_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
+    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
+    return weight_side(Q_hat, M_hat, V_hat, constants)
+
+
+def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Float[np.ndarray, " 3"]:
+    """(Q, M, V) at log(Q̂, M̂, V̂)."""
+    return np.asarray(_weights_at(jnp.asarray(unknowns), constants))
+
+
 def paired(
     kept: Float[Array, "k nodes"], mirrored: Float[Array, "n nodes"]
 ) -> tuple[Float[Array, "k 2*nodes"], Float[Array, "n 2*nodes"]]:
@@ -111,96 +129,200 @@ def frozen_coordinates(
     return label, M / label_variance * label + spread * frozen_noise, spread
 
 
-def linear_effective_noise(
+def effective_noise(
     Q: Float[Array, ""], M: Float[Array, ""], label_variance: float | Float[Array, ""]
 ) -> Float[Array, ""]:
     """Δ_eff = Q0 + Δ/2 − 2M + Q (docs/theory.md, section 4)."""
     return label_variance - 2 * M + Q
 
 
-def _linear_output(
-    Q: Array, M: Array, V: Array, constants: Constants, tokens: int
-) -> tuple[Array, ...]:
-    """Conjugates, mean Moreau envelope, E, train error, jump mass: closed for σ(A) = A/T."""
+class Labels(NamedTuple):
+    """Pre-training nodes of softmax attention, each of them once: the mirror image is implied."""
+
+    label_noise: Float[Array, "n nodes"]  # g1
+    frozen_noise: Float[Array, "n nodes"]  # g2, the part that is mirrored
+
+
+def block_means(values: Float[Array, " 2*nodes"], blocks: int) -> Float[Array, " blocks"]:
+    """Means over each of the blocks that lie one after another in both halves of the nodes."""
+    return jnp.mean(values.reshape(2, blocks, -1), axis=(0, 2))
+
+
+def smooth_response(prox: Proximal) -> Float[Array, " nodes"]:
+    """tr(I − ∂u/∂ω), not differentiated: its mean over v is the Stein form, blind to jumps."""
+    return prox.point.shape[0] - inverse_trace(jax.lax.stop_gradient(prox.hessian))
+
+
+class _Output(NamedTuple):
+    """New conjugates and averages at given (Q, M, V), one entry per block."""
+
+    Q_hat: Array
+    M_hat: Array
+    V_hat: Array
+    train_error: Array
+    test_error: Array
+    stein: Array  # the Stein form of V̂
+
+
+def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: int) -> _Output:
+    """Closed for σ(A) = A/T; one block."""
     T = tokens
-    noise = linear_effective_noise(Q, M, constants.label_variance)
+    noise = effective_noise(Q, M, constants.label_variance)
     stiff = V + T**2 / 4
     V_hat = constants.samples * T * (T + 1) / stiff
     test = (T + 1) / T * noise
     train = test * (T**2 / 4 / stiff) ** 2
-    envelope = test * (T**2 / 4) / stiff
-    return V_hat * noise / stiff, V_hat, V_hat, envelope, test, train, jnp.zeros_like(Q)
+    return _Output(*(a[None] for a in (V_hat * noise / stiff, V_hat, V_hat, train, test, V_hat)))
 
 
 def _softmax_output(
-    Q: Array, M: Array, V: Array, nodes: Array, constants: Constants, tokens: int
-) -> tuple[Array, ...]:
+    Q: Array,
+    M: Array,
+    V: Array,
+    nodes: Labels,
+    minimum: Array,
+    constants: Constants,
+    tokens: int,
+    blocks: int,
+) -> _Output:
     """The same for softmax on nodes."""
-    count = field_count(tokens, "softmax")
-    basis = field_basis(tokens, "softmax")
-    g1, g2 = paired(nodes[:count], nodes[count:])
-    label, frozen, spread = frozen_coordinates(g1, g2, Q, M, constants.label_variance)
-    V = jnp.maximum(V, SMALLEST_VARIANCE)
-    labels = attention(to_fields(basis, label), "softmax", row_axis=0)
-    prox = softmax_field_proximal(basis, labels, label, frozen, V)
+    labels, label, frozen, spread = _softmax_fields(Q, M, nodes, constants, tokens)
+    prox = softmax_field_proximal(labels, frozen, V, minimum)
     alpha, G = constants.samples, prox.force
-    Q_hat = 2 * alpha * jnp.mean(jnp.sum(G**2, 0))
-    V_hat = -2 * alpha / spread * jnp.mean(jnp.sum(G * g2, 0))
-    M_hat = (2 * alpha * jnp.mean(jnp.sum(G * label, 0)) + M * V_hat) / constants.label_variance
+    noise = jnp.concatenate([nodes.frozen_noise, -nodes.frozen_noise], axis=1)
+    Q_hat = 2 * alpha * block_means(jnp.sum(G**2, 0), blocks)
+    V_hat = -2 * alpha / spread * block_means(jnp.sum(G * noise, 0), blocks)
+    signal = 2 * alpha * block_means(jnp.sum(G * label, 0), blocks)
+    M_hat = (signal + M * V_hat) / constants.label_variance
+    basis = field_basis(tokens, "softmax")
     students = attention(to_fields(basis, frozen), "softmax", row_axis=0)
-    test = jnp.mean(jnp.sum((labels - students) ** 2, (0, 1)))
-    train = jnp.mean(prox.loss)
-    jump_mass = 1 - 2 * alpha * jnp.mean(stein_trace(prox)) / V / V_hat
-    return Q_hat, M_hat, V_hat, V * Q_hat / (4 * alpha) + train, test, train, jump_mass
+    test = block_means(jnp.sum((labels - students) ** 2, (0, 1)), blocks)
+    stein = 2 * alpha / V * block_means(smooth_response(prox), blocks)
+    return _Output(Q_hat, M_hat, V_hat, block_means(prox.loss, blocks), test, stein)
 
 
-def stein_trace(prox: Proximal) -> Float[Array, " nodes"]:
-    """tr(I − ∂u/∂ω): its mean over v is the Stein form of the response, blind to jumps."""
-    count, nodes = prox.point.shape
-    eye = jnp.broadcast_to(jnp.eye(count)[:, :, None], (count, count, nodes))
-    return count - jnp.einsum("iiN->N", solve_positive_definite(prox.hessian, eye)[0])
+def _softmax_fields(
+    Q: Array, M: Array, nodes: Labels, constants: Constants, tokens: int
+) -> tuple[Array, Array, Array, Array]:
+    """y, z^y, z and S on the nodes and their mirror images."""
+    label, frozen, spread = frozen_coordinates(
+        *paired(nodes.label_noise, nodes.frozen_noise), Q, M, constants.label_variance
+    )
+    basis = field_basis(tokens, "softmax")
+    return attention(to_fields(basis, label), "softmax", row_axis=0), label, frozen, spread
 
 
-@quickly_compiled("activation", "tokens")
-def _evaluate(
-    unknowns: Array, nodes: Array, constants: Constants, activation: str, tokens: int
+def _rows(
+    unknowns: Array, output: Callable[[Array, Array, Array], _Output], constants: Constants
+) -> Array:
+    """Residuals and observables by block, from the output side at given (Q, M, V)."""
+    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
+    Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
+    new = output(Q, M, V)
+    potential = (
+        (Q_hat * V + 2 * M_hat * M - V_hat * Q) / 4
+        + V * new.Q_hat / 4
+        + constants.samples * new.train_error
+        - weight_potential(Q_hat, M_hat, V_hat, constants)
+    )
+    overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
+    rows = [new.Q_hat / Q_hat - 1, new.M_hat / M_hat - 1, new.V_hat / V_hat - 1]
+    rows += [Q, M, V, Q_hat, M_hat, V_hat, potential, new.test_error, new.train_error, overlap]
+    rows += [(new.V_hat - new.stein) / V_hat]
+    return jnp.stack([jnp.broadcast_to(row, new.Q_hat.shape) for row in rows], axis=1)
+
+
+@quickly_compiled("tokens")
+def _linear_values(unknowns: Array, constants: Constants, tokens: int) -> tuple[Array, Array]:
+    def rows(unknowns: Array) -> tuple[Array, Array]:
+        output = functools.partial(_linear_output, constants=constants, tokens=tokens)
+        both = _rows(unknowns, output, constants)
+        return both[0], both
+
+    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
+    return both, jacobian
+
+
+@quickly_compiled("tokens", "blocks")
+def _softmax_values(
+    unknowns: Array, nodes: Labels, constants: Constants, known: Array, tokens: int, blocks: int
 ) -> tuple[Array, Array, Array]:
-    def stacked(unknowns: Array) -> tuple[Array, Array]:
-        Q_hat, M_hat, V_hat = jnp.exp(unknowns)
-        Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
-        if activation == "linear":
-            output = _linear_output(Q, M, V, constants, tokens)
-        else:
-            output = _softmax_output(Q, M, V, nodes, constants, tokens)
-        new_Q, new_M, new_V, envelope, test, train, jumps = output
-        potential = (
-            (Q_hat * V + 2 * M_hat * M - V_hat * Q) / 4
-            + constants.samples * envelope
-            - weight_potential(Q_hat, M_hat, V_hat, constants)
-        )
-        overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
-        residual = [new_Q / Q_hat - 1, new_M / M_hat - 1, new_V / V_hat - 1]
-        observables = [Q, M, V, Q_hat, M_hat, V_hat, potential, test, train, overlap, jumps]
-        both = jnp.stack(residual + observables)
-        return both, both
+    found = _followed(unknowns, nodes, constants, known, tokens)
 
-    jacobian, both = jax.jacfwd(stacked, has_aux=True)(unknowns)
-    return both[: unknowns.size], both[unknowns.size :], jacobian
+    def rows(unknowns: Array) -> tuple[Array, Array]:
+        def output(Q: Array, M: Array, V: Array) -> _Output:
+            V = jnp.maximum(V, SMALLEST_VARIANCE)
+            return _softmax_output(Q, M, V, nodes, found[0], constants, tokens, blocks)
+
+        both = _rows(unknowns, output, constants)
+        return jnp.mean(both, axis=0), both
+
+    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
+    return both, jacobian, found
+
+
+def _followed(
+    unknowns: Array,
+    nodes: Labels,
+    constants: Constants,
+    known: Array,
+    tokens: int,
+    anew: bool = False,
+) -> Array:
+    """The lowest minimum and its rival, from the known ones and, anew, from z and z^y."""
+    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
+    Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
+    labels, label, frozen, _ = _softmax_fields(Q, M, nodes, constants, tokens)
+    starts = jnp.concatenate([jnp.stack([frozen, label]), known]) if anew else known
+    found = softmax_field_minima(labels, frozen, jnp.maximum(V, SMALLEST_VARIANCE), starts)
+    return jnp.stack([found.point, found.rival])
+
+
+_search = quickly_compiled("tokens", "anew")(_followed)
+
+
+class LinearPretraining:
+    """Relative residuals of (Q̂, M̂, V̂) and all observables at log(Q̂, M̂, V̂): closed."""
+
+    def __init__(self, constants: Constants, *, tokens: int) -> None:
+        self._constants, self._tokens = constants, tokens
+
+    def search(self, unknowns: Float[np.ndarray, " 3"], chunk: None, known: None) -> None:
+        """Nothing to search for."""
+
+    def values(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: None, minima: None
+    ) -> tuple[BlockValues, None]:
+        """Residuals and observables, exact: one block."""
+        return BlockValues.of(*_linear_values(unknowns, self._constants, self._tokens)), None
+
+
+class SoftmaxPretraining:
+    """The same averaged over nodes; ``blocks`` is the number of blocks in a chunk."""
+
+    def __init__(self, constants: Constants, *, tokens: int, blocks: int) -> None:
+        self._constants, self._tokens, self._blocks = constants, tokens, blocks
+
+    def search(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array | None
+    ) -> Array:
+        """The lowest minimum of Prox_V and its rival, (2, n, nodes)."""
+        if known is None:
+            size, nodes = chunk.label_noise.shape
+            known = jnp.zeros((2, size, 2 * nodes))
+        found: Array = _search(unknowns, chunk, self._constants, known, self._tokens, True)
+        return found
+
+    def values(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, minima: Array
+    ) -> tuple[BlockValues, Array]:
+        """Residuals and observables of the blocks of a chunk."""
+        rows, jacobian, minima = _softmax_values(
+            unknowns, chunk, self._constants, minima, self._tokens, self._blocks
+        )
+        return BlockValues.of(rows, jacobian), minima
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
     """Damped step of log(Q̂, M̂, V̂) from the residuals new/old − 1."""
     return np.asarray(0.6 * np.clip(log_ratio(1 + residual), -2.0, 2.0))
-
-
-def pretraining_values(
-    unknowns: Float[np.ndarray, " 3"],
-    nodes: Float[Array, "2n nodes"],
-    constants: Constants,
-    *,
-    activation: str,
-    tokens: int,
-) -> BlockValues:
-    """Relative residuals of (Q̂, M̂, V̂) and all observables at log(Q̂, M̂, V̂) on one block of nodes."""
-    out = _evaluate(jnp.asarray(unknowns), nodes, constants, activation, tokens)
-    return BlockValues(*(np.asarray(part) for part in out))

@@ -3,6 +3,9 @@
 A proximal operator is u = argmin_u ‖u − ω‖²/(2v) + ℓ(u).  Its derivative is that of the implicit
 equation (u − ω)/v + ∇ℓ(u) = 0; where two minima tie it jumps, and the derivative does not see it
 (docs/theory.md, sections 2, 3 and 5).
+
+The search for the minima (``*_minima``) is apart from what is read off at them (``*_proximal``):
+minima found at nearby arguments are by far the best starts.
 """
 
 from __future__ import annotations
@@ -11,16 +14,36 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from lora_theory.theory.fields import softmax_loss, to_fields
+from lora_theory.theory.fields import (
+    field_basis,
+    softmax_field_hessian,
+    softmax_loss,
+    to_fields,
+)
 from lora_theory.theory.newton import Expansion, Objective, minimise, solve_positive_definite
 
-__all__ = ["Proximal", "linear_lora_proximal", "softmax_field_proximal", "softmax_lora_proximal"]
+__all__ = [
+    "Minima",
+    "Proximal",
+    "linear_lora_proximal",
+    "softmax_field_minima",
+    "softmax_field_proximal",
+    "softmax_lora_minima",
+    "softmax_lora_proximal",
+]
 
 _TOLERANCE, _MAX_STEPS = 1e-6, 60
 _BISECTIONS = 48
+
+
+class Minima(NamedTuple):
+    """What a search found per node, to about 1e-6; not differentiable."""
+
+    point: Float[Array, "n nodes"]  # the lowest minimum
+    rival: Float[Array, "n nodes"]  # the next lowest distinct one; the lowest itself if none
+    gap: Float[Array, " nodes"]  # what the rival costs more; inf if there is none
 
 
 class Proximal(NamedTuple):
@@ -30,122 +53,145 @@ class Proximal(NamedTuple):
     force: Float[Array, "n nodes"]  # G = −∇ℓ(u), equal to (u − ω)/v
     loss: Float[Array, " nodes"]  # ℓ at the minimiser
     hessian: Float[Array, "n n nodes"]  # I + v∇²ℓ there, the inverse of ∂u/∂ω
-    rival: Float[Array, "n nodes"]  # second minimum found (the minimiser itself if none was)
-    gap: Float[Array, " nodes"]  # what it costs more than the minimum; inf if none was found
+
+
+def _field_objective(u: Array, labels: Array, center: Array, variance: Array) -> Expansion:
+    """‖u − z‖²/(2V) + ‖y − σ(h(u))‖²."""
+    tokens = labels.shape[0]
+    basis = field_basis(tokens, "softmax")
+    loss = softmax_loss(to_fields(basis, u), labels)
+    pull = (u - center) / variance
+    return Expansion(
+        0.5 * jnp.sum(pull * (u - center), 0) + loss.value,
+        pull + jnp.einsum("abn,abN->nN", jnp.asarray(basis), loss.gradient),
+        softmax_field_hessian(loss.hessian) + jnp.eye(u.shape[0])[:, :, None] / variance,
+    )
+
+
+def softmax_field_minima(
+    labels: Float[Array, "T T nodes"],
+    center: Float[Array, "n nodes"],
+    variance: Float[Array, ""] | Float[Array, " nodes"],
+    starts: Float[Array, "count n nodes"],
+) -> Minima:
+    """Minima of ‖u − z‖²/(2V) + ‖y − σ(h(u))‖² reached from ``starts``.
+
+    With the starts z and z^y, the logits of the label, the global minimum is found (docs/theory.md,
+    section 2).  Coordinates: :func:`~lora_theory.theory.fields.field_basis`.
+
+    Args:
+        labels: y. center: z. variance: V.
+    """
+    data = (labels, center, jnp.broadcast_to(variance, center.shape[-1:]))
+    return _two_lowest(_field_objective, starts, data, 1 / jnp.mean(variance))
 
 
 def softmax_field_proximal(
-    basis: Float[np.ndarray, "T T n"],
     labels: Float[Array, "T T nodes"],
-    label_coordinates: Float[Array, "n nodes"],
     center: Float[Array, "n nodes"],
-    variance: Float[Array, ""],
+    variance: Float[Array, ""] | Float[Array, " nodes"],
+    minimum: Float[Array, "n nodes"],
 ) -> Proximal:
     """Prox_V(z; y) = argmin_u ‖u − z‖²/(2V) + ‖y − σ(h(u))‖² (docs/theory.md, section 2).
 
     Args:
-        labels: y. label_coordinates: z^y, the logits of the label. center: z. variance: V.
+        labels: y. center: z. variance: V. minimum: the minimiser, from the search.
     """
-    count = basis.shape[-1]
-    pairs = jnp.asarray(np.einsum("abn,acm->nmabc", basis, basis).reshape(count * count, -1))
+    return _at_minimum(_field_objective, minimum, (labels, center, variance), center, variance)
 
-    def objective(u: Array, labels: Array, center: Array, variance: Array) -> Expansion:
-        loss = softmax_loss(to_fields(basis, u), labels)
-        pull = (u - center) / variance
-        hessian = pairs @ loss.hessian.reshape(pairs.shape[1], -1)
-        return Expansion(
-            0.5 * jnp.sum(pull * (u - center), 0) + loss.value,
-            pull + jnp.einsum("abn,abN->nN", jnp.asarray(basis), loss.gradient),
-            hessian.reshape(count, count, -1) + jnp.eye(count)[:, :, None] / variance,
-        )
 
-    data = (labels, center, jnp.broadcast_to(variance, center.shape[-1:]))
-    return _global_minimum(objective, [center, label_coordinates], data, center, variance)
+def _lora_objective(
+    chi: Array, frozen: Array, labels: Array, center: Array, variance: Array, norm: Array
+) -> Expansion:
+    """‖χ − ω‖²/(2v) + ‖y' − σ(h + χχᵀ − qI)‖²."""
+    eye = jnp.eye(chi.shape[0])[:, :, None]
+    loss = softmax_loss(frozen + chi[:, None] * chi[None] - norm * eye, labels)
+    slope = loss.gradient + jnp.swapaxes(loss.gradient, 0, 1)
+    bent = jnp.sum(loss.hessian * chi[None, None], axis=2)  # H_r χ
+    cross = chi[:, None] * bent
+    diagonal = eye * jnp.sum(bent * chi[None], axis=1)[:, None]
+    spread = jnp.sum(chi[:, None, None] ** 2 * loss.hessian, axis=0)
+    pull = (chi - center) / variance
+    return Expansion(
+        0.5 * jnp.sum(pull * (chi - center), 0) + loss.value,
+        pull + jnp.sum(slope * chi[None], axis=1),
+        eye / variance + slope + diagonal + cross + jnp.swapaxes(cross, 0, 1) + spread,
+    )
+
+
+def softmax_lora_minima(
+    frozen: Float[Array, "T T nodes"],
+    labels: Float[Array, "T T nodes"],
+    center: Float[Array, "T nodes"],
+    variance: Float[Array, ""],
+    norm: Float[Array, ""],
+    starts: Float[Array, "count T nodes"],
+) -> Minima:
+    """Minima of ‖χ − ω‖²/(2v) + ‖y' − σ(h + χχᵀ − qI)‖² reached from ``starts``.
+
+    Args:
+        frozen: h. labels: y'. center: ω. variance: v. norm: q.
+    """
+    nodes = center.shape[-1:]
+    scales = (jnp.broadcast_to(variance, nodes), jnp.broadcast_to(norm, nodes))
+    return _two_lowest(_lora_objective, starts, (frozen, labels, center, *scales), 1 / variance)
 
 
 def softmax_lora_proximal(
     frozen: Float[Array, "T T nodes"],
     labels: Float[Array, "T T nodes"],
-    signal: Float[Array, "T nodes"],
     center: Float[Array, "T nodes"],
     variance: Float[Array, ""],
     norm: Float[Array, ""],
+    minimum: Float[Array, "T nodes"],
 ) -> Proximal:
     """prox(ω) = argmin_χ ‖χ − ω‖²/(2v) + ‖y' − σ(h + χχᵀ − qI)‖² (docs/theory.md, section 3).
 
     Args:
-        frozen: h. labels: y'. signal: χ*, one of the starts. center: ω. variance: v. norm: q.
+        frozen: h. labels: y'. center: ω. variance: v. norm: q. minimum: the minimiser.
     """
-    eye = jnp.eye(center.shape[0])[:, :, None]
+    data = (frozen, labels, center, variance, norm)
+    return _at_minimum(_lora_objective, minimum, data, center, variance)
 
-    def objective(
-        chi: Array, frozen: Array, labels: Array, center: Array, variance: Array, norm: Array
-    ) -> Expansion:
-        loss = softmax_loss(frozen + chi[:, None] * chi[None] - norm * eye, labels)
-        slope = loss.gradient + jnp.swapaxes(loss.gradient, 0, 1)
-        bent = jnp.einsum("rijN,jN->riN", loss.hessian, chi)  # H_r χ
-        cross = chi[:, None] * bent
-        diagonal = eye * jnp.einsum("riN,iN->rN", bent, chi)[:, None]
-        spread = jnp.einsum("rN,rijN->ijN", chi**2, loss.hessian)
-        pull = (chi - center) / variance
-        return Expansion(
-            0.5 * jnp.sum(pull * (chi - center), 0) + loss.value,
-            pull + jnp.einsum("abN,bN->aN", slope, chi),
-            eye / variance + slope + diagonal + cross + jnp.swapaxes(cross, 0, 1) + spread,
+
+def _two_lowest(
+    objective: Objective, starts: Array, data: tuple[Array, ...], curvature: Array
+) -> Minima:
+    def descend(start: Array) -> tuple[Array, Array]:
+        return minimise(
+            objective, start, data, curvature, tolerance=_TOLERANCE, max_steps=_MAX_STEPS
         )
 
-    nodes = center.shape[-1:]
-    data = (
-        frozen,
-        labels,
-        center,
-        jnp.broadcast_to(variance, nodes),
-        jnp.broadcast_to(norm, nodes),
-    )
-    return _global_minimum(objective, [center, signal, -signal], data, center, variance)
+    found, values = jax.lax.map(descend, starts)
+    found = jnp.moveaxis(found, 0, 1)
 
+    def pick(index: Array) -> Array:
+        return jnp.take_along_axis(found, index[None, None], axis=1)[:, 0]
 
-def _global_minimum(
-    objective: Objective,
-    starts: list[Array],
-    data: tuple[Array, ...],
-    center: Array,
-    variance: Array,
-) -> Proximal:
-    """The lowest minimum reached from the starts; the next lowest distinct one is its rival."""
-    count, nodes = len(starts), starts[0].shape[-1]
-    fixed = tuple(jax.lax.stop_gradient(entry) for entry in data)
-    tiled = tuple(jnp.concatenate([entry] * count, axis=-1) for entry in fixed)
-    stiffness = jax.lax.stop_gradient(1 / variance)
-    minima = minimise(
-        objective,
-        jax.lax.stop_gradient(jnp.concatenate(starts, axis=-1)),
-        tiled,
-        stiffness,
-        tolerance=_TOLERANCE,
-        max_steps=_MAX_STEPS,
-    )
-    values = objective(minima, *tiled).value.reshape(count, nodes)
-    minima = minima.reshape(-1, count, nodes)
-    best = jnp.argmin(values, axis=0)
-    point = jnp.take_along_axis(minima, best[None, None], axis=1)[:, 0]
-    distance = jnp.max(jnp.abs(minima - point[:, None]), axis=0)
-    distinct = distance > 1e-2 * (1e-6 + jnp.max(jnp.abs(point), axis=0))
+    lowest = pick(jnp.argmin(values, axis=0))
+    distance = jnp.max(jnp.abs(found - lowest[:, None]), axis=0)
+    distinct = distance > 1e-2 * (1e-6 + jnp.max(jnp.abs(lowest), axis=0))
     others = jnp.where(distinct, values, jnp.inf)
-    rival = jnp.take_along_axis(minima, jnp.argmin(others, axis=0)[None, None], axis=1)[:, 0]
     gap = jnp.min(others, axis=0) - jnp.min(values, axis=0)
-    expansion = objective(point, *data)
-    point = _implicit(point, expansion)
+    rival = jnp.where(jnp.isfinite(gap), pick(jnp.argmin(others, axis=0)), lowest)
+    return Minima(lowest, rival, gap)
+
+
+def _at_minimum(
+    objective: Objective, minimum: Array, data: tuple[Array, ...], center: Array, variance: Array
+) -> Proximal:
+    point = _implicit(minimum, objective(jax.lax.stop_gradient(minimum), *data))
     final = objective(point, *data)
     pull = (point - center) / variance
     loss = final.value - 0.5 * jnp.sum(pull * (point - center), 0)
-    return Proximal(point, pull - final.gradient, loss, variance * expansion.hessian, rival, gap)
+    return Proximal(point, pull - final.gradient, loss, variance * final.hessian)
 
 
 def _implicit(point: Array, expansion: Expansion) -> Array:
     """The solution with the derivative of its implicit equation: a Newton step from it."""
     hessian = jax.lax.stop_gradient(expansion.hessian)
-    return point - solve_positive_definite(hessian, expansion.gradient)[0]
+    step = solve_positive_definite(hessian, expansion.gradient)[0]
+    return jax.lax.stop_gradient(point) - step
 
 
 def linear_lora_proximal(
@@ -156,8 +202,7 @@ def linear_lora_proximal(
     """prox(ω) for ℓ(χ) = ‖B − χχᵀ‖²_F/T² in the eigenbasis of B: a secular equation.
 
     With s = ‖χ‖², ((1/v + 4s/T²)I − (4/T²)B)χ = ω/v; the largest root s, on which the matrix is
-    positive definite, is the global minimum (docs/theory.md, section 3).  The rival is the largest
-    root with the sign of the top component of ω reversed.
+    positive definite, is the global minimum (docs/theory.md, section 3).
 
     Args:
         levels: eigenvalues of B, ascending. center: ω in that basis. variance: v.
@@ -183,9 +228,6 @@ def linear_lora_proximal(
     low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
     denominator = floor + steep * jnp.exp(0.5 * (low + high))
     point = (omega / v) / denominator
-    mirrored = point.at[-1].multiply(-1.0)
-    gap = jnp.where(base > 0, 2 * jnp.abs(point[-1] * omega[-1]) / v, jnp.inf)
-
     squared = jnp.sum(point**2, 0)
     eye = jnp.eye(levels.shape[0])[:, :, None]
     gradient = (point - center) / variance + steep * (squared - levels) * point
@@ -196,4 +238,4 @@ def linear_lora_proximal(
     squared = jnp.sum(point**2, 0)
     loss = 0.25 * steep * (jnp.sum(levels**2 - 2 * levels * point**2, 0) + squared**2)
     force = steep * (levels - squared) * point
-    return Proximal(point, force, loss, variance * hessian, mirrored, gap)
+    return Proximal(point, force, loss, variance * hessian)

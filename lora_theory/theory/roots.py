@@ -9,38 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import root
 
 from lora_theory.status import Status
+from lora_theory.theory.averages import Averages, BlockValues
 
-__all__ = ["BlockValues", "Root", "log_ratio", "solve", "standard_error"]
+__all__ = ["Root", "log_ratio", "solve", "standard_error"]
 
+_SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP, _ROUGH = 6, 12, 4, 0.5, 1e-4
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 3, 40, 0.05, 3
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP = 0.02
-_THREADS = 2
 _MATTERING_JUMPS, _LARGEST_JUMP_RESIDUAL = 0.05, 0.02
-
-
-class BlockValues(NamedTuple):
-    """Residuals and observables on one block of nodes, with their Jacobian."""
-
-    residual: Float[np.ndarray, " n"]
-    observables: Float[np.ndarray, " K"]
-    jacobian: Float[np.ndarray, "n+K n+p"]  # columns: the unknowns, then the parameters
 
 
 class Root(NamedTuple):
     """A root, the observables there and the observables of the single blocks."""
 
     unknowns: Float[np.ndarray, " n"]
+    block_unknowns: Float[np.ndarray, "R n"]  # the roots of the single blocks
     residual: float  # largest relative residual of the mean equations
     residual_noise: float  # its standard error over the blocks
     observables: Float[np.ndarray, " K"]
@@ -71,87 +63,123 @@ def standard_error(blocks: Float[np.ndarray, "R ..."]) -> Float[np.ndarray, "...
 
 #: Residuals to a damped step.
 Relaxation = Callable[[Float[np.ndarray, " n"]], Float[np.ndarray, " n"]]
-#: Residuals, observables and Jacobian at given unknowns on block r.
-Evaluate = Callable[[Float[np.ndarray, " n"], int], BlockValues]
 
 
 def solve(
-    evaluate: Evaluate,
+    averages: Averages,
     start: Float[np.ndarray, " n"],
     *,
-    blocks: int,
     tolerance: float,
+    coarse: int = 1,
     relaxation: Relaxation | None = None,
-    parameter_shift: Float[np.ndarray, "R p"] | None = None,
     others: Sequence[Float[np.ndarray, " n"]] = (),
 ) -> Root:
-    """Damped steps into the basin, then Levenberg–Marquardt (MINPACK); on one block, then on all.
+    """Damped steps into the basin and Levenberg–Marquardt on a few nodes, Newton on all.
 
     Args:
-        evaluate: values on one block; the residuals are linear in the node averages, so that
-            the mean over the blocks is the residual on all nodes.
+        averages: the equations; their residuals are linear in the node averages.
         start: first unknowns.
-        blocks: R, number of blocks.
-        tolerance: residual at which the search on one block ends.
+        tolerance: relative residual that is asked for.
+        coarse: number of chunks on which the basin is looked for.
         relaxation: the damped step at given residuals; by default half of them, bounded.  The
             last unknown relaxes first.
-        parameter_shift: how far the parameters of each block are from their mean (the error handed
-            on by the previous stage).
         others: points to search from where the damped iteration fails, since the root repels it.
 
     Returns:
         The root with the smallest residual met; the caller judges that residual.
     """
-    relaxation = relaxation or _halved
-    x = _basin(
-        lambda x: evaluate(x, 0), np.array(start, dtype=np.float64), tolerance, relaxation, others
+    rough = averages.first(coarse)
+    roughly = max(tolerance, _ROUGH) if len(averages.chunks) > coarse else tolerance
+    x = _basin(rough, np.array(start, dtype=np.float64), roughly, relaxation or _halved, others)
+    return _root(*_near(averages, x, tolerance, _FULL_EVALUATIONS))
+
+
+def _near(
+    averages: Averages, x: Float[np.ndarray, " n"], tolerance: float, evaluations: int
+) -> tuple[Float[np.ndarray, " n"], BlockValues]:
+    """The root from a point near it: the best point met and the values there.
+
+    Newton's method follows the minima of the proximal operators and searches them anew where it
+    has converged, until nothing changes; where jumps between minima keep it from that, minima are
+    searched at every step of the slower methods of :func:`_polish`.
+    """
+    best, values = x, averages.at(x, search=True)
+    for _ in range(_SEARCHES):
+        if values.size < tolerance:
+            return best, values
+        x = _newton(averages, best, values, tolerance)
+        searched = averages.at(x, search=True)
+        progress = searched.size < 0.5 * values.size
+        if searched.size < values.size:
+            best, values = x, searched
+        if not progress:
+            break
+    return (
+        (best, values)
+        if values.size < tolerance
+        else _polish(averages, best, tolerance, evaluations)
     )
-    with ThreadPoolExecutor(min(_THREADS, blocks)) as pool:
 
-        def everywhere(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
-            # a thread has its own JAX scopes: the 64-bit one must be opened in each
-            def one(block: int) -> BlockValues:
-                with jax.enable_x64(True):
-                    return evaluate(x, block)
 
-            return list(pool.map(one, range(blocks)))
-
-        x, values = _polish(everywhere, x, tolerance, _FULL_EVALUATIONS)
-    return _root(x, values, parameter_shift)
+def _newton(
+    averages: Averages, x: Float[np.ndarray, " n"], values: BlockValues, tolerance: float
+) -> Float[np.ndarray, " n"]:
+    """Newton steps, bounded, halved where the residual grows; the best point met."""
+    for _ in range(_NEWTON_STEPS):
+        if not values.size > 0.1 * tolerance:
+            break
+        n = x.size
+        step = np.linalg.lstsq(values.jacobian[:n, :n], -values.residual.mean(axis=0), rcond=None)[
+            0
+        ]
+        step *= min(1.0, _LONGEST_STEP / max(float(np.abs(step).max()), 1e-300))
+        for _ in range(_HALVINGS):
+            new = averages.at(x + step, search=False)
+            if new.size < values.size:
+                break
+            step = step / 4
+        else:
+            break
+        x, values = x + step, new
+    return x
 
 
 def _basin(
-    evaluate: Callable[[Float[np.ndarray, " n"]], BlockValues],
+    averages: Averages,
     x: Float[np.ndarray, " n"],
     tolerance: float,
     relaxation: Relaxation,
     others: Sequence[Float[np.ndarray, " n"]],
 ) -> Float[np.ndarray, " n"]:
     """Damped iteration until Levenberg–Marquardt succeeds from where it has come."""
+
+    def residual_at(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        return averages.at(x, search=True).residual.mean(axis=0)
+
     for _ in range(4):
         step = np.zeros_like(x)
-        step[-1] = np.nan_to_num(relaxation(evaluate(x).residual))[-1]
+        step[-1] = np.nan_to_num(relaxation(residual_at(x)))[-1]
         x = x + step
     best, best_size = x, np.inf
     for _ in range(_BASIN_ROUNDS):
         for _ in range(_BASIN_STEPS):
-            residual = evaluate(x).residual
+            residual = residual_at(x)
             if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
                 break
             x = x + np.nan_to_num(relaxation(residual))
-        found, values = _polish(lambda x: [evaluate(x)], x, tolerance, _BLOCK_EVALUATIONS)
-        size = _size(values)
+        found, values = _near(averages, x, tolerance, _BLOCK_EVALUATIONS)
+        size = values.size
         progress = size < 0.5 * best_size
         if size < best_size:
             best, best_size = found, size
         if size < tolerance or not progress:
             break
     if best_size > tolerance:
-        nearest = sorted(others, key=lambda x: _size([evaluate(x)]))[:_OTHER_STARTS]
+        nearest = sorted(others, key=lambda x: averages.at(x, search=True).size)[:_OTHER_STARTS]
         for x in nearest:
-            found, values = _polish(lambda x: [evaluate(x)], x, tolerance, _BLOCK_EVALUATIONS)
-            if _size(values) < best_size:
-                best, best_size = found, _size(values)
+            found, values = _near(averages, x, tolerance, _BLOCK_EVALUATIONS)
+            if values.size < best_size:
+                best, best_size = found, values.size
             if best_size < tolerance:
                 break
     return best
@@ -167,73 +195,50 @@ def _halved(residual: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def _polish(
-    evaluate: Callable[[Float[np.ndarray, " n"]], list[BlockValues]],
-    x: Float[np.ndarray, " n"],
-    tolerance: float,
-    evaluations: int,
-) -> tuple[Float[np.ndarray, " n"], list[BlockValues]]:
+    averages: Averages, x: Float[np.ndarray, " n"], tolerance: float, evaluations: int
+) -> tuple[Float[np.ndarray, " n"], BlockValues]:
     """Root of the mean residual: the best point met and the values there.
 
-    Levenberg–Marquardt with the exact Jacobian; where jumps make the residual discontinuous that
-    Jacobian misses their share, and Powell's hybrid method with wide differences goes on.
+    Levenberg–Marquardt (MINPACK) with the exact Jacobian; where jumps make the residual
+    discontinuous that Jacobian misses their share, and Powell's hybrid method with wide differences
+    goes on.
     """
-    met: dict[bytes, list[BlockValues]] = {}
+    met: dict[bytes, BlockValues] = {}
 
-    def at(x: Float[np.ndarray, " n"]) -> list[BlockValues]:
+    def at(x: Float[np.ndarray, " n"]) -> BlockValues:
         key = np.asarray(x).tobytes()
         if key not in met:
-            met[key] = evaluate(np.array(x))
+            met[key] = averages.at(np.array(x), search=True)
         return met[key]
 
     def residual(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return _mean([values.residual for values in at(x)], outside=1e6)
+        # what is not finite is far from any root
+        return np.nan_to_num(at(x).residual.mean(axis=0), nan=1e6, posinf=1e6, neginf=-1e6)
 
     def jacobian(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:
-        return _mean([values.jacobian[: x.size, : x.size] for values in at(x)], outside=0.0)
+        return np.nan_to_num(at(x).jacobian[: x.size], nan=0.0, posinf=0.0, neginf=0.0)
 
-    def best() -> tuple[bytes, list[BlockValues]]:
-        return min(met.items(), key=lambda entry: _size(entry[1]))
+    def best() -> tuple[bytes, BlockValues]:
+        return min(met.items(), key=lambda entry: entry[1].size)
 
     options = {"xtol": 1e-13, "ftol": 1e-14, "factor": 0.5, "maxiter": evaluations}
     root(residual, x, jac=jacobian, method="lm", options=options)
-    if _size(best()[1]) > tolerance:
+    if best()[1].size > tolerance:
         options = {"eps": _SECANT_STEP**2, "factor": 0.1, "maxfev": _SECANT_EVALUATIONS}
         root(residual, np.frombuffer(best()[0]), method="hybr", options=options)
     point, values = best()
     return np.frombuffer(point).copy(), values
 
 
-def _mean(values: list[Float[np.ndarray, "..."]], outside: float) -> Float[np.ndarray, "..."]:
-    """Mean over the blocks; what is not finite, far from any root, counts as ``outside``."""
-    finite = np.nan_to_num(np.array(values), nan=outside, posinf=outside, neginf=-outside)
-    return np.asarray(finite.mean(axis=0))
-
-
-def _size(values: list[BlockValues]) -> float:
-    residual = np.array([value.residual for value in values])
-    if not np.all(np.isfinite(residual)):
-        return np.inf
-    return float(np.abs(residual.mean(axis=0)).max())
-
-
-def _root(
-    x: Float[np.ndarray, " n"],
-    values: list[BlockValues],
-    parameter_shift: Float[np.ndarray, "R p"] | None,
-) -> Root:
-    size = x.size
-    residual = np.array([value.residual for value in values])
-    observables = np.array([value.observables for value in values])
-    jacobian = _mean([value.jacobian for value in values], outside=0.0)
-    change, drift = residual - residual.mean(axis=0), observables
-    if parameter_shift is not None and jacobian.shape[1] > size:
-        shifted = parameter_shift @ jacobian[:, size:].T
-        change, drift = change + shifted[:, :size], drift + shifted[:, size:]
-    moves = np.linalg.lstsq(jacobian[:size, :size], -change.T, rcond=None)[0].T
+def _root(x: Float[np.ndarray, " n"], values: BlockValues) -> Root:
+    n, mean = x.size, values.residual.mean(axis=0)
+    jacobian = np.nan_to_num(values.jacobian, nan=0.0, posinf=0.0, neginf=0.0)
+    moves = np.linalg.lstsq(jacobian[:n], (mean - values.residual).T, rcond=None)[0].T
     return Root(
         x,
-        _size(values),
-        float(standard_error(residual).max()),
-        observables.mean(axis=0),
-        drift + moves @ jacobian[size:, :size].T,
+        x + moves,
+        values.size,
+        float(standard_error(values.residual).max()),
+        values.observables.mean(axis=0),
+        values.observables + moves @ jacobian[n:].T,
     )

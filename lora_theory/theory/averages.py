@@ -1,0 +1,96 @@
+"""Averages over fixed nodes at any unknowns: nodes in chunks, on two threads, minima remembered.
+
+The nodes come in R independent blocks.  A chunk is the part of a block, or the few small blocks,
+that is computed at once: large enough to hide the cost of a call, small enough for the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, Self
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+__all__ = ["Averages", "BlockValues", "Equations"]
+
+_THREADS = 2
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="averages")
+
+
+class BlockValues(NamedTuple):
+    """Residuals and observables on every block of nodes, and the Jacobian of their mean."""
+
+    residual: Float[np.ndarray, "R n"]
+    observables: Float[np.ndarray, "R K"]
+    jacobian: Float[np.ndarray, "n+K n"]
+
+    @classmethod
+    def of(cls, rows: Any, jacobian: Any) -> Self:
+        """From rows of residuals and observables: as many residuals as unknowns."""
+        rows, jacobian = np.asarray(rows), np.asarray(jacobian)
+        count = jacobian.shape[1]
+        return cls(rows[:, :count], rows[:, count:], jacobian)
+
+    @property
+    def size(self) -> float:
+        """Largest relative residual of the mean over the blocks; inf where it is not finite."""
+        mean = self.residual.mean(axis=0)
+        return float(np.abs(mean).max()) if np.all(np.isfinite(mean)) else np.inf
+
+
+class Equations(Protocol):
+    """The equations of a stage, averaged over the nodes of a chunk."""
+
+    def search(self, unknowns: Float[np.ndarray, " n"], chunk: Any, known: Any) -> Any:
+        """Minima of the proximal operators from all starts and the ``known`` ones (None: none)."""
+
+    def values(
+        self, unknowns: Float[np.ndarray, " n"], chunk: Any, minima: Any
+    ) -> tuple[BlockValues, Any]:
+        """Residuals, linear in the averages, and observables at the minima that ``minima`` lead to.
+
+        One row per block in ``chunk``; and those minima.
+        """
+
+
+class Averages:
+    """The equations of a stage on given chunks, ordered by block; ``blocks`` = R."""
+
+    def __init__(self, equations: Equations, chunks: Sequence[Any], blocks: int) -> None:
+        self.equations, self.chunks, self.blocks = equations, list(chunks), blocks
+        self._minima: list[Any] = [None] * len(self.chunks)
+
+    def first(self, chunks: int) -> Averages:
+        """The same on the first ``chunks`` alone, taken as one block."""
+        return Averages(self.equations, self.chunks[:chunks], 1)
+
+    def at(self, unknowns: Float[np.ndarray, " n"], *, search: bool) -> BlockValues:
+        """Values at ``unknowns``; minima are searched for anew, or followed from the last ones."""
+
+        def one(index: int) -> BlockValues:
+            # a thread has its own JAX scopes: the 64-bit one must be opened in each
+            with jax.enable_x64(True):
+                chunk, minima = self.chunks[index], self._minima[index]
+                if search or minima is None:
+                    minima = self.equations.search(unknowns, chunk, minima)
+                values, self._minima[index] = self.equations.values(unknowns, chunk, minima)
+                return values
+
+        indices = range(len(self.chunks))
+        parts = [one(0)] if len(self.chunks) == 1 else list(_pool().map(one, indices))
+        residual = np.concatenate([part.residual for part in parts])
+        observables = np.concatenate([part.observables for part in parts])
+        jacobian = np.mean([part.jacobian for part in parts], axis=0)
+
+        def by_block(rows: Float[np.ndarray, "rows K"]) -> Float[np.ndarray, "R K"]:
+            return rows.reshape(self.blocks, -1, rows.shape[1]).mean(axis=1)
+
+        return BlockValues(by_block(residual), by_block(observables), jacobian)
