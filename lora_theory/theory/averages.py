@@ -49,8 +49,11 @@ class BlockValues(NamedTuple):
 class Equations(Protocol):
     """The equations of a stage, averaged over the nodes of a chunk."""
 
+    def begin(self, unknowns: Float[np.ndarray, " n"], chunk: Any) -> Any:
+        """Likely starts for the minima of the proximal operators."""
+
     def search(self, unknowns: Float[np.ndarray, " n"], chunk: Any, known: Any) -> Any:
-        """Minima of the proximal operators from all starts and the ``known`` ones (None: none)."""
+        """Minima from all starts and the ``known`` ones."""
 
     def values(
         self, unknowns: Float[np.ndarray, " n"], chunk: Any, minima: Any
@@ -73,13 +76,18 @@ class Averages:
         return Averages(self.equations, self.chunks[:chunks], 1)
 
     def at(self, unknowns: Float[np.ndarray, " n"], *, search: bool) -> BlockValues:
-        """Values at ``unknowns``; minima are searched for anew, or followed from the last ones."""
+        """Values at ``unknowns``; minima are searched for anew, or followed from the last ones.
+
+        Without a search the minima may be no global ones.
+        """
 
         def one(index: int) -> BlockValues:
             # a thread has its own JAX scopes: the 64-bit one must be opened in each
             with jax.enable_x64(True):
                 chunk, minima = self.chunks[index], self._minima[index]
-                if search or minima is None:
+                if minima is None:
+                    minima = self.equations.begin(unknowns, chunk)
+                if search:
                     minima = self.equations.search(unknowns, chunk, minima)
                 values, self._minima[index] = self.equations.values(unknowns, chunk, minima)
                 return values

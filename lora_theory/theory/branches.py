@@ -31,6 +31,8 @@ _UNINFORMED_STARTS = np.array(
 _START_V = 0.05
 # an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
 _MERGED_OVERLAP = 0.05
+# errors by which a potential is above another for certain
+_CLEARLY = 6
 # w/√(q0 D) of this size has vanished
 _VANISHED = 1e-3
 
@@ -65,34 +67,41 @@ def solve_branches(
 ) -> tuple[FinetuningPrediction, ...]:
     """All branches found, the one of least potential first (docs/theory.md, section 3.3)."""
     nodes = FinetuningNodes(stage, weights, tokens, activation, discretisation)
-    scale = 0.5 * math.log(stage.signal)
+    scale, tolerance = 0.5 * math.log(stage.signal), discretisation.tolerance
+    vanished = scale + math.log(_VANISHED)
+    potential, overlap, growth = map(lora.OBSERVABLES.index, ("potential", "overlap", "growth"))
 
-    def branch(held: tuple[bool, bool, bool], log_s: float, m: float) -> Root:
+    def branch(held: tuple[bool, bool, bool], log_s: float, m: float, *, few: bool = False) -> Root:
         others = _UNINFORMED_STARTS + np.array([scale, 0.0, 0.0])
         return solve(
-            nodes.averages(held),
+            nodes.averages(held, few=few),
             np.array([log_s, m, math.log(_START_V)]),
             coarse=nodes.coarse,
-            tolerance=discretisation.tolerance,
+            tolerance=tolerance,
             relaxation=lora.relaxation,
             others=list(others) if held == lora.UNINFORMED else [],
         )
 
     found: dict[str, Root] = {}
     informed = branch(lora.INFORMED, scale + math.log(0.1), 0.9)
-    vanished = scale + math.log(_VANISHED)
     learned = abs(informed.unknowns[1]) > _VANISHED or informed.unknowns[0] > vanished
-    if learned and informed.observables[lora.OBSERVABLES.index("overlap")] > _MERGED_OVERLAP:
+    if learned and informed.observables[overlap] > _MERGED_OVERLAP:
         found["informed"] = informed
-    uninformed = branch(lora.UNINFORMED, scale + math.log(0.5), 0.0)
+    # few nodes show whether the uninformed branch lies clearly above the informed one
+    uninformed = branch(lora.UNINFORMED, scale + math.log(0.5), 0.0, few=True)
+    if nodes.has_few:
+        gap = uninformed.block_observables[:, potential] - informed.observables[potential]
+        above = gap.mean() > _CLEARLY * standard_error(gap) and uninformed.residual < tolerance
+        if "informed" not in found or informed.residual > tolerance or not above:
+            start = uninformed.unknowns
+            uninformed = branch(lora.UNINFORMED, start[0], 0.0)
     if uninformed.unknowns[0] > vanished:
         found["uninformed"] = uninformed
     else:
         zero = branch(lora.ZERO, lora.ZERO_SPREAD, 0.0)
-        shrinks = zero.observables[lora.OBSERVABLES.index("growth")] < 0
-        solved = zero.residual < discretisation.tolerance
-        found |= {"zero": zero} if shrinks and solved else {"uninformed": uninformed}
-    return _by_potential(found, discretisation.tolerance)
+        solved = zero.observables[growth] < 0 and zero.residual < tolerance
+        found |= {"zero": zero} if solved else {"uninformed": uninformed}
+    return _by_potential(found, tolerance)
 
 
 class FinetuningNodes:
@@ -129,11 +138,17 @@ class FinetuningNodes:
             for chunk, (Q, M, V) in zip(chunks, parts, strict=True)
         ]
 
-    def averages(self, held: tuple[bool, bool, bool]) -> Averages:
-        """The equations of a branch on these nodes."""
+    @property
+    def has_few(self) -> bool:
+        """Whether a block has several chunks, so that few nodes are a part of all."""
+        return len(self._fields) > self._blocks
+
+    def averages(self, held: tuple[bool, bool, bool], *, few: bool = False) -> Averages:
+        """The equations of a branch on these nodes, or on the first chunk of every block."""
         kind = lora.LinearFinetuning if self._linear else lora.SoftmaxFinetuning
         equations = kind(self.task, held, blocks=self._together)
-        return Averages(equations, self._fields, self._blocks)
+        step = len(self._fields) // self._blocks if few and self.has_few else 1
+        return Averages(equations, self._fields[::step], self._blocks)
 
 
 def _prediction(name: str, root: Root, tolerance: float) -> FinetuningPrediction:

@@ -30,10 +30,12 @@ from lora_theory.theory.pretraining import (
 from lora_theory.theory.proximal import (
     Proximal,
     linear_lora_proximal,
+    rank_one_part,
     softmax_field_minima,
     softmax_field_proximal,
     softmax_lora_minima,
     softmax_lora_proximal,
+    softmax_lora_starts,
 )
 from lora_theory.theory.roots import log_ratio
 
@@ -60,6 +62,8 @@ OBSERVABLES = (
     "potential", "overlap", "test_error", "train_error", "frozen_test_error", "jump_mass", "growth",
 )  # fmt: skip
 
+# starts of the descents of the proximal operator that are tried, the most promising first
+_STARTS = 5
 #: log s that stands for s = 0 on the branch w = 0, where only the limit ω = sζ → 0 matters.
 ZERO_SPREAD = float(np.log(1e-5))
 INFORMED, UNINFORMED, ZERO = (False, False, False), (False, True, False), (True, True, False)
@@ -168,9 +172,7 @@ def _softmax_fields(
     star = jnp.sqrt(signal) * nodes[2 * n : 2 * n + T]
     lift = star[:, None] * star[None] - signal * eye
     task_labels = attention(label_fields + lift, "softmax", row_axis=0)
-    target = label_fields - to_fields(basis, training) + lift + signal * eye
-    levels, vectors = jnp.linalg.eigh(jnp.moveaxis(target - jnp.mean(target, (0, 1)), -1, 0))
-    guess = jnp.sqrt(jnp.maximum(levels[:, -1], 0.0)) * vectors[:, :, -1].T
+    guess = rank_one_part(label_fields - to_fields(basis, training) + star[:, None] * star[None])
     # the fields do not depend on ζ: computed once per mirror pair
     doubled = [
         jnp.concatenate([part, part], axis=-1)
@@ -310,38 +312,46 @@ def _linear_values(
     return both, jacobian
 
 
+def _arguments(unknowns: Array, fields: SoftmaxFields, task: Task) -> tuple[Array, ...]:
+    """What the proximal operator depends on: h, y', ω, v, q."""
+    q, m, v, s = _point(unknowns, task.signal)
+    omega = m / task.signal * fields.signal + s * fields.noise
+    return fields.training, fields.labels, omega, v, q
+
+
+def _starts(arguments: tuple[Array, ...], fields: SoftmaxFields, count: int) -> Array:
+    likely = jnp.stack([fields.signal, fields.guess])
+    return softmax_lora_starts(*arguments, likely)[:count]
+
+
+@quickly_compiled()
+def _begin(unknowns: Array, fields: SoftmaxFields, task: Task) -> Array:
+    return _starts(_arguments(unknowns, fields, task), fields, 2)
+
+
+@quickly_compiled()
+def _search(unknowns: Array, fields: SoftmaxFields, task: Task, known: Array) -> Array:
+    arguments = _arguments(unknowns, fields, task)
+    starts = jnp.concatenate([_starts(arguments, fields, _STARTS), known])
+    found = softmax_lora_minima(*arguments, starts)
+    return jnp.stack([found.point, found.rival])
+
+
 @quickly_compiled("blocks")
 def _softmax_values(
     unknowns: Array, fields: SoftmaxFields, task: Task, held: Array, known: Array, blocks: int
 ) -> tuple[Array, Array, Array]:
-    found = _followed(unknowns, fields, task, known)
+    found = softmax_lora_minima(*_arguments(unknowns, fields, task), known)
 
     def rows(x: Array) -> tuple[Array, Array]:
         def output(point: tuple[Array, ...]) -> _Output:
-            return _softmax_output(point, fields, found[0], task, blocks)
+            return _softmax_output(point, fields, found.point, task, blocks)
 
         both = _rows(x, output, task, held)
         return jnp.mean(both, axis=0), both
 
     jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
-    return both, jacobian, found
-
-
-def _followed(
-    unknowns: Array, fields: SoftmaxFields, task: Task, known: Array, anew: bool = False
-) -> Array:
-    """The lowest minimum and its rival, from the known ones and, anew, from ω, ±χ*, ±guess."""
-    q, m, v, s = _point(unknowns, task.signal)
-    omega = m / task.signal * fields.signal + s * fields.noise
-    starts = known
-    if anew:
-        others = [omega, fields.signal, -fields.signal, fields.guess, -fields.guess]
-        starts = jnp.concatenate([jnp.stack(others), known])
-    found = softmax_lora_minima(fields.training, fields.labels, omega, v, q, starts)
-    return jnp.stack([found.point, found.rival])
-
-
-_search = quickly_compiled("anew")(_followed)
+    return both, jacobian, jnp.stack([found.point, found.rival])
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
@@ -361,7 +371,10 @@ class LinearFinetuning:
     """
 
     def __init__(self, task: Task, held: tuple[bool, bool, bool], *, blocks: int) -> None:
-        self._task, self._held, self._blocks = task, jnp.asarray(held), blocks
+        self._task, self._held, self._blocks = task, np.asarray(held), blocks
+
+    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields) -> None:
+        """Nothing to start from."""
 
     def search(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, known: None) -> None:
         """Nothing to search for: the global minimum is the root of one equation."""
@@ -378,15 +391,18 @@ class SoftmaxFinetuning:
     """The same for softmax attention."""
 
     def __init__(self, task: Task, held: tuple[bool, bool, bool], *, blocks: int) -> None:
-        self._task, self._held, self._blocks = task, jnp.asarray(held), blocks
+        self._task, self._held, self._blocks = task, np.asarray(held), blocks
+
+    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields) -> Array:
+        """ω, and the best of the other starts."""
+        starts: Array = _begin(unknowns, chunk, self._task)
+        return starts
 
     def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array | None
+        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array
     ) -> Array:
         """The lowest minimum of prox and its rival, (2, T, nodes)."""
-        if known is None:
-            known = jnp.zeros((2, *chunk.signal.shape))
-        found: Array = _search(unknowns, chunk, self._task, known, True)
+        found: Array = _search(unknowns, chunk, self._task, known)
         return found
 
     def values(

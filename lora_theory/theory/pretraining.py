@@ -243,42 +243,47 @@ def _linear_values(unknowns: Array, constants: Constants, tokens: int) -> tuple[
     return both, jacobian
 
 
+def _at(
+    unknowns: Array, nodes: Labels, constants: Constants, tokens: int
+) -> tuple[Array, Array, Array, Array]:
+    """y, z, V and the likely starts z and z^y, (2, n, nodes)."""
+    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
+    Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
+    labels, label, frozen, _ = _softmax_fields(Q, M, nodes, constants, tokens)
+    return labels, frozen, jnp.maximum(V, SMALLEST_VARIANCE), jnp.stack([frozen, label])
+
+
+@quickly_compiled("tokens")
+def _begin(unknowns: Array, nodes: Labels, constants: Constants, tokens: int) -> Array:
+    return _at(unknowns, nodes, constants, tokens)[3]
+
+
+@quickly_compiled("tokens")
+def _search(
+    unknowns: Array, nodes: Labels, constants: Constants, known: Array, tokens: int
+) -> Array:
+    labels, frozen, V, starts = _at(unknowns, nodes, constants, tokens)
+    found = softmax_field_minima(labels, frozen, V, jnp.concatenate([starts, known]))
+    return jnp.stack([found.point, found.rival])
+
+
 @quickly_compiled("tokens", "blocks")
 def _softmax_values(
     unknowns: Array, nodes: Labels, constants: Constants, known: Array, tokens: int, blocks: int
 ) -> tuple[Array, Array, Array]:
-    found = _followed(unknowns, nodes, constants, known, tokens)
+    labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
+    found = softmax_field_minima(labels, frozen, V, known)
 
     def rows(unknowns: Array) -> tuple[Array, Array]:
         def output(Q: Array, M: Array, V: Array) -> _Output:
             V = jnp.maximum(V, SMALLEST_VARIANCE)
-            return _softmax_output(Q, M, V, nodes, found[0], constants, tokens, blocks)
+            return _softmax_output(Q, M, V, nodes, found.point, constants, tokens, blocks)
 
         both = _rows(unknowns, output, constants)
         return jnp.mean(both, axis=0), both
 
     jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
-    return both, jacobian, found
-
-
-def _followed(
-    unknowns: Array,
-    nodes: Labels,
-    constants: Constants,
-    known: Array,
-    tokens: int,
-    anew: bool = False,
-) -> Array:
-    """The lowest minimum and its rival, from the known ones and, anew, from z and z^y."""
-    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
-    Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
-    labels, label, frozen, _ = _softmax_fields(Q, M, nodes, constants, tokens)
-    starts = jnp.concatenate([jnp.stack([frozen, label]), known]) if anew else known
-    found = softmax_field_minima(labels, frozen, jnp.maximum(V, SMALLEST_VARIANCE), starts)
-    return jnp.stack([found.point, found.rival])
-
-
-_search = quickly_compiled("tokens", "anew")(_followed)
+    return both, jacobian, jnp.stack([found.point, found.rival])
 
 
 class LinearPretraining:
@@ -286,6 +291,9 @@ class LinearPretraining:
 
     def __init__(self, constants: Constants, *, tokens: int) -> None:
         self._constants, self._tokens = constants, tokens
+
+    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: None) -> None:
+        """Nothing to start from."""
 
     def search(self, unknowns: Float[np.ndarray, " 3"], chunk: None, known: None) -> None:
         """Nothing to search for."""
@@ -303,14 +311,14 @@ class SoftmaxPretraining:
     def __init__(self, constants: Constants, *, tokens: int, blocks: int) -> None:
         self._constants, self._tokens, self._blocks = constants, tokens, blocks
 
-    def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array | None
-    ) -> Array:
+    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels) -> Array:
+        """z and z^y."""
+        starts: Array = _begin(unknowns, chunk, self._constants, self._tokens)
+        return starts
+
+    def search(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array) -> Array:
         """The lowest minimum of Prox_V and its rival, (2, n, nodes)."""
-        if known is None:
-            size, nodes = chunk.label_noise.shape
-            known = jnp.zeros((2, size, 2 * nodes))
-        found: Array = _search(unknowns, chunk, self._constants, known, self._tokens, True)
+        found: Array = _search(unknowns, chunk, self._constants, known, self._tokens)
         return found
 
     def values(

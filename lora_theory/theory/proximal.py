@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lora_theory.attention import attention
 from lora_theory.theory.fields import (
     field_basis,
     softmax_field_hessian,
@@ -28,10 +29,12 @@ __all__ = [
     "Minima",
     "Proximal",
     "linear_lora_proximal",
+    "rank_one_part",
     "softmax_field_minima",
     "softmax_field_proximal",
     "softmax_lora_minima",
     "softmax_lora_proximal",
+    "softmax_lora_starts",
 ]
 
 _TOLERANCE, _MAX_STEPS = 1e-6, 60
@@ -135,6 +138,41 @@ def softmax_lora_minima(
     nodes = center.shape[-1:]
     scales = (jnp.broadcast_to(variance, nodes), jnp.broadcast_to(norm, nodes))
     return _two_lowest(_lora_objective, starts, (frozen, labels, center, *scales), 1 / variance)
+
+
+def softmax_lora_starts(
+    frozen: Float[Array, "T T nodes"],
+    labels: Float[Array, "T T nodes"],
+    center: Float[Array, "T nodes"],
+    variance: Float[Array, ""],
+    norm: Float[Array, ""],
+    likely: Float[Array, "count T nodes"],
+) -> Float[Array, "count+1 T nodes"]:
+    """Starts for the minima of LoRA: ω, then the points ±``likely`` per node, the best first.
+
+    Args:
+        frozen: h. labels: y'. center: ω. variance: v. norm: q. likely: χ*, :func:`rank_one_part`.
+    """
+    eye = jnp.eye(center.shape[0])[:, :, None]
+
+    def value(chi: Array) -> Array:
+        fields = frozen + chi[:, None] * chi[None] - norm * eye
+        loss = jnp.sum((attention(fields, "softmax", row_axis=0) - labels) ** 2, (0, 1))
+        return jnp.sum((chi - center) ** 2, 0) / (2 * variance) + loss
+
+    both = jnp.concatenate([likely, -likely])
+    order = jnp.argsort(jax.lax.map(value, both), axis=0)
+    return jnp.concatenate([center[None], jnp.take_along_axis(both, order[:, None], axis=0)])
+
+
+def rank_one_part(target: Float[Array, "T T nodes"]) -> Float[Array, "T nodes"]:
+    """χ for which χχᵀ is closest to the symmetric ``target`` less its mean entry.
+
+    With target = h^y − h + χ*χ*ᵀ this χ would be the best one if σ were linear; adding a number to
+    all entries changes no softmax.
+    """
+    levels, vectors = jnp.linalg.eigh(jnp.moveaxis(target - jnp.mean(target, (0, 1)), -1, 0))
+    return jnp.sqrt(jnp.maximum(levels[:, -1], 0.0)) * vectors[:, :, -1].T
 
 
 def softmax_lora_proximal(

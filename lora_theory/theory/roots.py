@@ -7,6 +7,7 @@ blocks is the quadrature error (docs/theory.md, section 5).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,8 +21,10 @@ from lora_theory.theory.averages import Averages, BlockValues
 
 __all__ = ["Root", "log_ratio", "solve", "standard_error"]
 
-_SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP, _ROUGH = 6, 12, 4, 0.5, 1e-4
-_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 3, 40, 0.05, 3
+_SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
+# residual on a few nodes that is good enough to go on with all of them
+_ROUGH = 0.03
+_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 8, 12, 0.2, 3
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP = 0.02
@@ -88,25 +91,33 @@ def solve(
     Returns:
         The root with the smallest residual met; the caller judges that residual.
     """
-    rough = averages.first(coarse)
-    roughly = max(tolerance, _ROUGH) if len(averages.chunks) > coarse else tolerance
-    x = _basin(rough, np.array(start, dtype=np.float64), roughly, relaxation or _halved, others)
-    return _root(*_near(averages, x, tolerance, _FULL_EVALUATIONS))
+    basin = functools.partial(
+        _basin,
+        averages.first(coarse),
+        np.array(start, dtype=np.float64),
+        relaxation=relaxation or _halved,
+        others=others,
+    )
+    x, values = _near(averages, basin(tolerance=max(tolerance, _ROUGH)), tolerance)
+    if values.size > tolerance:
+        slower = _polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS)
+        x, values = min((x, values), slower, key=lambda found: found[1].size)
+    return _root(x, values)
 
 
 def _near(
-    averages: Averages, x: Float[np.ndarray, " n"], tolerance: float, evaluations: int
+    averages: Averages, x: Float[np.ndarray, " n"], tolerance: float
 ) -> tuple[Float[np.ndarray, " n"], BlockValues]:
     """The root from a point near it: the best point met and the values there.
 
-    Newton's method follows the minima of the proximal operators and searches them anew where it
-    has converged, until nothing changes; where jumps between minima keep it from that, minima are
-    searched at every step of the slower methods of :func:`_polish`.
+    Newton's method follows the minima of the proximal operators; they are searched anew where it
+    has converged, until nothing changes.
     """
+    x = _newton(averages, x, averages.at(x, search=False), tolerance)
     best, values = x, averages.at(x, search=True)
     for _ in range(_SEARCHES):
         if values.size < tolerance:
-            return best, values
+            break
         x = _newton(averages, best, values, tolerance)
         searched = averages.at(x, search=True)
         progress = searched.size < 0.5 * values.size
@@ -114,11 +125,7 @@ def _near(
             best, values = x, searched
         if not progress:
             break
-    return (
-        (best, values)
-        if values.size < tolerance
-        else _polish(averages, best, tolerance, evaluations)
-    )
+    return best, values
 
 
 def _newton(
@@ -147,11 +154,12 @@ def _newton(
 def _basin(
     averages: Averages,
     x: Float[np.ndarray, " n"],
+    *,
     tolerance: float,
     relaxation: Relaxation,
     others: Sequence[Float[np.ndarray, " n"]],
 ) -> Float[np.ndarray, " n"]:
-    """Damped iteration until Levenberg–Marquardt succeeds from where it has come."""
+    """Damped iteration until Newton's method succeeds from where it has come."""
 
     def residual_at(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         return averages.at(x, search=True).residual.mean(axis=0)
@@ -160,28 +168,28 @@ def _basin(
         step = np.zeros_like(x)
         step[-1] = np.nan_to_num(relaxation(residual_at(x)))[-1]
         x = x + step
-    best, best_size = x, np.inf
+    best, least = x, np.inf
+
+    def succeeds(x: Float[np.ndarray, " n"], polish: bool) -> bool:
+        nonlocal best, least
+        found, values = _near(averages, x, tolerance)
+        if polish and values.size > tolerance:
+            found, values = _polish(averages, found, tolerance, _BLOCK_EVALUATIONS)
+        if values.size < least:
+            best, least = found, values.size
+        return least < tolerance
+
     for _ in range(_BASIN_ROUNDS):
         for _ in range(_BASIN_STEPS):
             residual = residual_at(x)
             if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
                 break
             x = x + np.nan_to_num(relaxation(residual))
-        found, values = _near(averages, x, tolerance, _BLOCK_EVALUATIONS)
-        size = values.size
-        progress = size < 0.5 * best_size
-        if size < best_size:
-            best, best_size = found, size
-        if size < tolerance or not progress:
-            break
-    if best_size > tolerance:
+        if succeeds(x, polish=False):
+            return best
+    if not succeeds(x, polish=True):
         nearest = sorted(others, key=lambda x: averages.at(x, search=True).size)[:_OTHER_STARTS]
-        for x in nearest:
-            found, values = _near(averages, x, tolerance, _BLOCK_EVALUATIONS)
-            if values.size < best_size:
-                best, best_size = found, values.size
-            if best_size < tolerance:
-                break
+        any(succeeds(x, polish=True) for x in nearest)
     return best
 
 
