@@ -20,14 +20,8 @@ from lora_theory.theory.roots import Root, solve, standard_error
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
-# (log s, m/q0, log v) at q0 = 1: the uninformed root repels the damped iteration at large α'
-_UNINFORMED_STARTS = np.array(
-    [
-        [math.log(s), 0.0, math.log(v)]
-        for s in (0.15, 0.3, 0.45, 0.7)
-        for v in (0.02, 0.06, 0.2, 0.6)
-    ]
-)
+# log s at q0 = 1 among which a root is looked for where it repels the damped iteration
+_SCAN = np.arange(-10.0, 2.5, 0.5)
 _START_V = 0.05
 # an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
 _MERGED_OVERLAP = 0.05
@@ -72,14 +66,13 @@ def solve_branches(
     potential, overlap, growth = map(lora.OBSERVABLES.index, ("potential", "overlap", "growth"))
 
     def branch(held: tuple[bool, bool, bool], log_s: float, m: float, *, few: bool = False) -> Root:
-        others = _UNINFORMED_STARTS + np.array([scale, 0.0, 0.0])
         return solve(
             nodes.averages(held, few=few),
             np.array([log_s, m, math.log(_START_V)]),
             coarse=nodes.coarse,
             tolerance=tolerance,
             relaxation=lora.relaxation,
-            others=list(others) if held == lora.UNINFORMED else [],
+            grid=() if held == lora.ZERO else (_SCAN + scale).tolist(),
         )
 
     found: dict[str, Root] = {}

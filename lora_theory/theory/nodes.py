@@ -19,7 +19,7 @@ __all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
 _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 1024}, 512
 #: Points computed at once, by number of tokens: what fits the cache.
 _CHUNKS, _SMALLEST_CHUNK = {1: 1024, 2: 512, 3: 256}, 128
-_COARSE_POINTS = 256
+_COARSE_POINTS = 256  # on which a root is first looked for
 
 
 class Discretisation(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +23,8 @@ __all__ = ["Root", "log_ratio", "solve", "standard_error"]
 
 _SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
 # residual on a few nodes that is good enough to go on with all of them
-_ROUGH = 0.03
-_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL, _OTHER_STARTS = 8, 12, 0.2, 3
+_ROUGH, _SCAN_RESIDUAL = 0.03, 1e-3
+_BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 12, 0.2
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP = 0.02
@@ -75,7 +75,7 @@ def solve(
     tolerance: float,
     coarse: int = 1,
     relaxation: Relaxation | None = None,
-    others: Sequence[Float[np.ndarray, " n"]] = (),
+    grid: Sequence[float] = (),
 ) -> Root:
     """Damped steps into the basin and Levenberg–Marquardt on a few nodes, Newton on all.
 
@@ -86,7 +86,8 @@ def solve(
         coarse: number of chunks on which the basin is looked for.
         relaxation: the damped step at given residuals; by default half of them, bounded.  The
             last unknown relaxes first.
-        others: points to search from where the damped iteration fails, since the root repels it.
+        grid: ascending values of the first unknown, among which the first equation is looked for
+            to change sign where the damped iteration fails.
 
     Returns:
         The root with the smallest residual met; the caller judges that residual.
@@ -96,7 +97,7 @@ def solve(
         averages.first(coarse),
         np.array(start, dtype=np.float64),
         relaxation=relaxation or _halved,
-        others=others,
+        grid=grid,
     )
     x, values = _near(averages, basin(tolerance=max(tolerance, _ROUGH)), tolerance)
     if values.size > tolerance:
@@ -129,20 +130,32 @@ def _near(
 
 
 def _newton(
-    averages: Averages, x: Float[np.ndarray, " n"], values: BlockValues, tolerance: float
+    averages: Averages,
+    x: Float[np.ndarray, " n"],
+    values: BlockValues,
+    tolerance: float,
+    held: int = 0,
 ) -> Float[np.ndarray, " n"]:
-    """Newton steps, bounded, halved where the residual grows; the best point met."""
+    """Newton steps, bounded, halved where the residual grows; the best point met.
+
+    The first ``held`` equations are left out, their unknowns stay.
+    """
+
+    def size(values: BlockValues) -> float:
+        mean = values.residual.mean(axis=0)[held:]
+        return float(np.abs(mean).max()) if np.all(np.isfinite(mean)) else np.inf
+
     for _ in range(_NEWTON_STEPS):
-        if not values.size > 0.1 * tolerance:
+        jacobian = values.jacobian[held : x.size, held:]
+        if not size(values) > 0.1 * tolerance or not np.all(np.isfinite(jacobian)):
             break
-        n = x.size
-        step = np.linalg.lstsq(values.jacobian[:n, :n], -values.residual.mean(axis=0), rcond=None)[
-            0
-        ]
+        step = np.zeros_like(x)
+        residual = values.residual.mean(axis=0)[held:]
+        step[held:] = np.linalg.lstsq(jacobian, -residual, rcond=None)[0]
         step *= min(1.0, _LONGEST_STEP / max(float(np.abs(step).max()), 1e-300))
         for _ in range(_HALVINGS):
             new = averages.at(x + step, search=False)
-            if new.size < values.size:
+            if size(new) < size(values):
                 break
             step = step / 4
         else:
@@ -151,13 +164,33 @@ def _newton(
     return x
 
 
+def _scan(
+    averages: Averages, x: Float[np.ndarray, " n"], grid: Sequence[float]
+) -> Iterator[Float[np.ndarray, " n"]]:
+    """Points where the first residual changes sign along ``grid`` of the first unknown.
+
+    The other unknowns follow their own equations.
+    """
+    last, before = x, math.nan
+    for value in grid:
+        x = np.concatenate([[value], last[1:]])
+        x = _newton(averages, x, averages.at(x, search=True), _SCAN_RESIDUAL, held=1)
+        values = averages.at(x, search=True)
+        first, *others = values.residual.mean(axis=0)
+        if not np.all(np.abs(others) < _ROUGH):
+            continue
+        if first <= 0 < before:
+            yield last + before / (before - first) * (x - last)
+        last, before = x, first
+
+
 def _basin(
     averages: Averages,
     x: Float[np.ndarray, " n"],
     *,
     tolerance: float,
     relaxation: Relaxation,
-    others: Sequence[Float[np.ndarray, " n"]],
+    grid: Sequence[float],
 ) -> Float[np.ndarray, " n"]:
     """Damped iteration until Newton's method succeeds from where it has come."""
 
@@ -168,7 +201,7 @@ def _basin(
         step = np.zeros_like(x)
         step[-1] = np.nan_to_num(relaxation(residual_at(x)))[-1]
         x = x + step
-    best, least = x, np.inf
+    start, best, least = x, x, np.inf
 
     def succeeds(x: Float[np.ndarray, " n"], polish: bool) -> bool:
         nonlocal best, least
@@ -187,9 +220,8 @@ def _basin(
             x = x + np.nan_to_num(relaxation(residual))
         if succeeds(x, polish=False):
             return best
-    if not succeeds(x, polish=True):
-        nearest = sorted(others, key=lambda x: averages.at(x, search=True).size)[:_OTHER_STARTS]
-        any(succeeds(x, polish=True) for x in nearest)
+    if not any(succeeds(point, polish=False) for point in _scan(averages, start, grid)):
+        succeeds(best, polish=True)
     return best
 
 
