@@ -1,6 +1,6 @@
 """Ten thousand random problems over the documented box: are they solved, and rightly?
 
-``python experiments/battery.py`` draws problem i from (seed, i), solves it on 2,048 nodes, checks
+``python experiments/battery.py`` draws problem i from (seed, i), solves it on 1,024 nodes, checks
 the solution again on the same nodes and on fresh ones, and appends one row to
 tests/reference/battery.csv.gz's working file; run it again to go on where it stopped.  At the end
 the table is packed and summed up in tests/reference/battery.md.
@@ -29,7 +29,7 @@ from lora_theory.theory.roots import standard_error
 
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "reference"
 SEED, PROBLEMS = 20260, 10_000
-NODES, BLOCKS = 128, 8  # points per block, each with its mirror image: 2,048 nodes
+NODES, BLOCKS = 64, 8  # points per block, each with its mirror image: 1,024 nodes
 STAGES = ("pretraining", "finetuning")
 TOLERANCE, FRESH_SEED = 1e-10, 1000
 COLUMNS = [

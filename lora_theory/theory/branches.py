@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,13 +17,14 @@ from lora_theory.theory.averages import Averages
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.pretraining import effective_noise
 from lora_theory.theory.results import FinetuningPrediction
-from lora_theory.theory.roots import Root, solve, standard_error
+from lora_theory.theory.roots import Root, refine, solve, standard_error
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
 # log s at q0 = 1 among which a root is looked for where it repels the damped iteration
 _SCAN = np.arange(-10.0, 2.5, 0.5)
 _START_V = 0.05
+_EASIER, _ROUGH = (81.0, 27.0, 9.0, 3.0), 0.03
 # an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
 _MERGED_OVERLAP = 0.05
 # errors by which a potential is above another for certain
@@ -66,13 +68,30 @@ def solve_branches(
     potential, overlap, growth = map(lora.OBSERVABLES.index, ("potential", "overlap", "growth"))
 
     def branch(held: tuple[bool, bool, bool], log_s: float, m: float, *, few: bool = False) -> Root:
-        return solve(
-            nodes.averages(held, few=few),
-            np.array([log_s, m, math.log(_START_V)]),
+        search = functools.partial(
+            solve,
+            start=np.array([log_s, m, math.log(_START_V)]),
             coarse=nodes.coarse,
-            tolerance=tolerance,
             relaxation=lora.relaxation,
             grid=() if held == lora.ZERO else (_SCAN + scale).tolist(),
+        )
+        averages = nodes.averages(held, few=few)
+        best = search(averages, tolerance=tolerance)
+        if best.residual < tolerance:
+            return best
+        # v grows without bound as λ' → 0 below interpolation: come from larger penalties
+        last: Root | None = None
+        for factor in _EASIER:
+            rough = nodes.averages(held, penalty=factor * stage.penalty).first(nodes.coarse)
+            if last is None:
+                last = search(rough, tolerance=_ROUGH)
+            else:
+                last = refine(rough, last.unknowns, tolerance=_ROUGH)
+            last = last if last.residual < _ROUGH else None
+        if last is None:
+            return best
+        return min(
+            best, refine(averages, last.unknowns, tolerance=tolerance), key=lambda r: r.residual
         )
 
     found: dict[str, Root] = {}
@@ -112,7 +131,7 @@ class FinetuningNodes:
         self._blocks, reused = discretisation.blocks, stage.sequences == "reused"
         dimension = lora.node_dimension(tokens, activation)
         chunks, self._together = discretisation.chunks(dimension, tokens, discretisation.seed + 1)
-        self.coarse = coarse_chunks(chunks)
+        self.coarse = coarse_chunks(chunks, tokens)
         self._linear = activation == "linear"
         self._fields: list[lora.LinearFields | lora.SoftmaxFields]
         if self._linear:
@@ -136,10 +155,20 @@ class FinetuningNodes:
         """Whether a block has several chunks, so that few nodes are a part of all."""
         return len(self._fields) > self._blocks
 
-    def averages(self, held: tuple[bool, bool, bool], *, few: bool = False) -> Averages:
-        """The equations of a branch on these nodes, or on the first chunk of every block."""
+    def averages(
+        self,
+        held: tuple[bool, bool, bool],
+        *,
+        few: bool = False,
+        penalty: float | None = None,
+    ) -> Averages:
+        """The equations of a branch on these nodes, or on the first chunk of every block.
+
+        ``penalty`` replaces λ'.
+        """
+        task = self.task if penalty is None else self.task._replace(penalty=penalty)
         kind = lora.LinearFinetuning if self._linear else lora.SoftmaxFinetuning
-        equations = kind(self.task, held, blocks=self._together)
+        equations = kind(task, held, blocks=self._together)
         step = len(self._fields) // self._blocks if few and self.has_few else 1
         return Averages(equations, self._fields[::step], self._blocks)
 

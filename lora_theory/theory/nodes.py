@@ -19,7 +19,8 @@ __all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
 _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 1024}, 512
 #: Points computed at once, by number of tokens: what fits the cache.
 _CHUNKS, _SMALLEST_CHUNK = {1: 1024, 2: 512, 3: 256}, 128
-_COARSE_POINTS = 256  # on which a root is first looked for
+#: Points on which a root is first looked for.
+_COARSE, _FEWEST_COARSE = {1: 256, 2: 256, 3: 256}, 128
 
 
 class Discretisation(NamedTuple):
@@ -63,9 +64,10 @@ class Discretisation(NamedTuple):
         return self.nodes or _DEFAULT_POINTS.get(tokens, _FEWEST_POINTS)
 
 
-def coarse_chunks(chunks: Sequence[Float[np.ndarray, "dimension points"]]) -> int:
+def coarse_chunks(chunks: Sequence[Float[np.ndarray, "dimension points"]], tokens: int) -> int:
     """How many chunks have the nodes on which a root is first looked for."""
-    return min(len(chunks), -(-_COARSE_POINTS // chunks[0].shape[1]))
+    points = _COARSE.get(tokens, _FEWEST_COARSE)
+    return min(len(chunks), -(-points // chunks[0].shape[1]))
 
 
 @functools.lru_cache(maxsize=16)

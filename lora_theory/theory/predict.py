@@ -163,7 +163,7 @@ def pretraining_averages(problem: Problem, discretisation: Discretisation) -> tu
     nodes, together = discretisation.chunks(2 * n, tokens, discretisation.seed)
     equations = pre.SoftmaxPretraining(constants, tokens=tokens, blocks=together)
     labels = [pre.Labels(jnp.asarray(part[:n]), jnp.asarray(part[n:])) for part in nodes]
-    return Averages(equations, labels, discretisation.blocks), coarse_chunks(nodes)
+    return Averages(equations, labels, discretisation.blocks), coarse_chunks(nodes, tokens)
 
 
 @functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once

@@ -19,7 +19,7 @@ from scipy.optimize import root
 from lora_theory.status import Status
 from lora_theory.theory.averages import Averages, BlockValues
 
-__all__ = ["Root", "log_ratio", "solve", "standard_error"]
+__all__ = ["Root", "log_ratio", "refine", "solve", "standard_error"]
 
 _SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
 # residual on a few nodes that is good enough to go on with all of them
@@ -104,6 +104,11 @@ def solve(
         slower = _polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS)
         x, values = min((x, values), slower, key=lambda found: found[1].size)
     return _root(x, values)
+
+
+def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) -> Root:
+    """The root near ``x``, by Newton's method alone."""
+    return _root(*_near(averages, x, tolerance))
 
 
 def _near(
