@@ -202,8 +202,8 @@ def caption(table: pd.DataFrame) -> str:
         f"D = {simulation['dim'].iloc[0]:.0f}, mean ± standard error of {origin}, every run with "
         f"its own teacher. Solid: theory, D → ∞, largest quadrature error "
         f"{(theory['error'] / theory['value']).max():.1%}{offset}. Lower panels: relative "
-        "deviation from the theory where all were computed at the same α. Theory points left out as not "
-        f"converged: {unsolved.sum()}."
+        "deviation from the theory where all were computed at the same α. Theory points "
+        f"left out as not converged: {unsolved.sum()}."
     )
 
 

@@ -107,10 +107,10 @@ def test_published_rows_scatter_as_our_teachers_do():
         assert 0.4 < seen / expected < 2.5
 
 
-@pytest.mark.parametrize("observable", TABLES)
-def test_offsets_fall_as_one_over_dim(observable):
-    table = TABLES[observable]
-    assert table["freedom"].sum() == {"test_error": 8, "objective": 4}[observable]
+def test_offsets_of_the_training_loss_fall_as_one_over_dim():
+    # of the test error less clearly: README.md in this folder
+    table = TABLES["objective"]
+    assert table["freedom"].sum() == 4
     assert table["misfit"].sum() / table["freedom"].sum() < 2
 
 
