@@ -10,9 +10,12 @@ from pathlib import Path
 
 import figure1
 import matplotlib as mpl
+import published
 from figure_tools import FULL, QUICK
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (figure1.EXPERIMENT,)}
+EXPERIMENTS = {
+    experiment.name: experiment for experiment in (figure1.EXPERIMENT, published.EXPERIMENT)
+}
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 
 
