@@ -36,6 +36,8 @@ BETWEEN = (0.001, 0.0015, 0.002, 0.003, 0.007, 0.015, 0.07, 0.15, 0.3, 0.4, 0.7,
 LARGEST = {"softmax": 0.5, "linear": 2.0}
 #: The simulations at λ = FEW are compared, seed by seed, with those near λ*_E'.
 FEW, NEAR_LEAST_ERROR = 0.005, {"softmax": 0.03, "linear": 0.1}
+#: Of the theory in the full profile, per block.
+NODES = {"softmax": 512, "linear": 1024}
 #: Half the width in log λ of the parabola whose vertex, on other nodes, gives the error of λ*.
 WIDTH = 0.3
 
@@ -72,7 +74,7 @@ def best_penalty(penalties: Any, values: Any) -> float:
 
 def theory(activation: str, sequences: str, profile: Profile) -> Iterator[dict[str, Any]]:
     """Rows of a curve, of the points that refine its minima, and of the minima."""
-    nodes = profile.pick(quick=64, full=1024)
+    nodes = profile.pick(quick=64, full=NODES[activation])
     penalties = profile.pick(quick=(BETWEEN[0], *SIMULATED), full=SIMULATED + BETWEEN)
 
     def predicted(penalty: float, seed: int = 0) -> Prediction:
@@ -123,10 +125,11 @@ def _scatter(
 
 def simulation(activation: str, sequences: str, profile: Profile) -> Iterator[dict[str, Any]]:
     """Rows of the simulations; all λ share their seeds, so differences along λ have less noise."""
-    dim, seeds = profile.pick(quick=(48, 8), full=(150, 16))
+    dim, seeds = profile.pick(quick=(48, 8), full=(100, 32))
     reference = NEAR_LEAST_ERROR[activation]
     penalties = profile.pick(quick=(FEW, reference, 0.5), full=SIMULATED)
     samples: dict[float, dict[str, pd.Series]] = {}
+    labels: dict[float, dict[str, Any]] = {}
     for penalty in up_to_largest(activation, penalties):
         asked = problem(activation, sequences, penalty)
         tolerance = max(1e-3, 1e-4 / penalty)  # relative to λ; rounding does not shrink with it
@@ -135,24 +138,24 @@ def simulation(activation: str, sequences: str, profile: Profile) -> Iterator[di
         )
         yield from measured_rows(result, {})
         runs = pd.DataFrame(result.runs)
-        shared = {"source": "simulation", "start": "informed", "status": result.status.value}
-        shared |= {"dim": dim, "seeds": seeds, "root_seed": 0, "dtype": "float32"}
-        errors = runs["finetuning.test_error"]
+        samples[penalty] = {name: runs[f"finetuning.{name}"] for name in OBJECTIVES}
+        shared = {**asked.to_flat(), "source": "simulation", "start": "informed"}
+        shared |= {"status": result.status.value, "dim": dim, "seeds": seeds}
+        shared |= {"root_seed": result.environment["seed"], "dtype": result.environment["dtype"]}
         if activation == "linear":  # what section 7 of docs/theory.md knows of the finite D
-            errors = errors - 2 * (asked.tokens + 1) / asked.tokens * runs["finetuning.cross_term"]
-            yield _row(asked, shared, "corrected_test_error", errors)
-        samples[penalty] = {"test_error": errors, "overlap": runs["finetuning.overlap"]}
+            factor = 2 * (asked.tokens + 1) / asked.tokens
+            samples[penalty]["test_error"] -= factor * runs["finetuning.cross_term"]
+            yield _row(shared, "corrected_test_error", samples[penalty]["test_error"])
+        labels[penalty] = shared
     for name, penalty in product(OBJECTIVES, samples):
         if penalty != reference:
             difference = samples[penalty][name] - samples[reference][name]
-            asked = problem(activation, sequences, penalty)
-            yield _row(asked, shared, f"{name}_difference", difference)
+            yield _row(labels[penalty], f"{name}_difference", difference)
 
 
-def _row(asked: Problem, shared: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any]:
+def _row(labels: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any]:
     estimate = Estimate.of(samples)
-    numbers = {"value": estimate.mean, "error": estimate.error}
-    return {**asked.to_flat(), **shared, "observable": name, **numbers}
+    return {**labels, "observable": name, "value": estimate.mean, "error": estimate.error}
 
 
 ROWS = {"theory": theory, "simulation": simulation}
@@ -176,27 +179,33 @@ def compute(profile: Profile) -> pd.DataFrame:
 
 
 TITLES = {"fresh": "fresh sequences, e = 0", "reused": "re-used sequences, e = 1"}
-SYMBOLS = {"test_error": "$\\lambda^*_{E'}$", "overlap": r"$\lambda^*_o$"}
-LABELS = {"test_error": "test error $E'$", "overlap": r"misalignment $1-o$"}
-#: Okabe–Ito colour, line and marker of each optimum.
-OPTIMA = {"test_error": ("#0072B2", "-", "v"), "overlap": ("#D55E00", (0, (4, 2)), "D")}
-LIMITS = {"softmax": ((0.17, 0.55), (0.009, 0.4)), "linear": ((0.68, 1.8), (0.0028, 0.07))}
+LABELS = {"test_error": "test error $E'$", "overlap": "misalignment $1-o$"}
+#: Symbol, Okabe–Ito colour, line and marker of the two optima.
+OPTIMA = {
+    "test_error": (r"$\lambda^*_{E'}$", "#0072B2", "-", "v"),
+    "overlap": (r"$\lambda^*_o$", "#D55E00", (0, (4, 2)), "D"),
+}
+#: The ends of the vertical axes, and their ticks.
+AXES = {
+    ("softmax", "test_error"): ((0.175, 0.55), (0.2, 0.3, 0.4, 0.5)),
+    ("softmax", "overlap"): ((0.009, 0.3), (0.01, 0.03, 0.1, 0.3)),
+    ("linear", "test_error"): ((0.68, 1.7), (0.7, 0.8, 1.0, 1.2, 1.5)),
+    ("linear", "overlap"): ((0.0025, 0.08), (0.003, 0.01, 0.03)),
+}
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    figure, axes = plt.subplots(2, 4, figsize=(7.0, 3.9), sharex=True, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, wspace=0.02)
-    for column, (activation, sequences) in enumerate(PANELS):
-        part = solved(panel_rows(table, activation, sequences))
+    figure, axes = plt.subplots(2, 4, figsize=(7.0, 3.8), sharex="col", layout="constrained")
+    for column, panel in enumerate(PANELS):
+        part = panel_rows(table, *panel)
         for row, name in enumerate(OBJECTIVES):
             _draw_panel(axes[row, column], part, name)
-            axes[row, column].set_ylim(LIMITS[activation][row])
-            axes[row, column].tick_params(labelleft=column % 2 == 0, which="both")
-        axes[0, column].set_title(f"{activation}\n{TITLES[sequences]}", pad=14)
+            axes[row, column].tick_params(labelleft=column % 2 == 0)
+            axes[row, 0].set_ylabel(LABELS[name])
+        axes[0, column].set_title(f"{panel[0]}\n{TITLES[panel[1]]}", pad=14)
         axes[1, column].set_xlabel(r"pre-training penalty $\lambda$")
         _name_optima(axes[0, column], part)
-    for row, name in enumerate(OBJECTIVES):
-        axes[row, 0].set_ylabel(LABELS[name])
+    axes[1, 3].legend(loc="upper left", handlelength=1.5)
     return figure
 
 
@@ -205,58 +214,53 @@ def panel_rows(table: pd.DataFrame, activation: str, sequences: str) -> pd.DataF
     return table[here]
 
 
-def _draw_panel(panel: Any, part: pd.DataFrame, name: str) -> None:
-    theory_of = part[part["source"] == "theory"]
-    curve = theory_of[theory_of["observable"] == name].sort_values(PENALTY)
-    measured = "corrected_test_error" if name == "test_error" else name
-    if measured not in set(part["observable"]):
-        measured = name
-    points = part[(part["observable"] == measured) & (part["source"] == "simulation")]
-    points = points[points["start"] == "informed"]
-    sign, offset = (-1, 1) if name == "overlap" else (1, 0)
-    panel.plot(curve[PENALTY], offset + sign * curve["value"], color="black")
-    panel.errorbar(
-        points[PENALTY], offset + sign * points["value"], points["error"],
-        fmt="o", color="black", mfc="white", capsize=1.5, linewidth=0.8, zorder=3,
-    )  # fmt: skip
-    best = optima(part)
-    panel.axvspan(*sorted(best.values()), color="0.88", linewidth=0, zorder=0)
-    for which, (color, dashes, marker) in OPTIMA.items():
-        if best[which] > curve[PENALTY].min():
-            panel.axvline(best[which], color=color, linestyle=dashes, linewidth=0.9, zorder=1)
-        if which == name:
-            height = np.interp(best[which], curve[PENALTY], offset + sign * curve["value"])
-            panel.plot(
-                best[which], height, marker, color=color, markersize=5.5, zorder=4, clip_on=False
-            )
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlim(curve[PENALTY].min(), curve[PENALTY].max())
-
-
 def optima(part: pd.DataFrame) -> dict[str, float]:
     """λ of least E' and of best o."""
     values = part.set_index("observable")["value"]
     return {name: float(values[f"{name}_best_penalty"]) for name in OBJECTIVES}
 
 
+def _draw_panel(panel: Any, part: pd.DataFrame, name: str) -> None:
+    activation, best, shown = part["activation"].iloc[0], optima(part), solved(part)
+    curve = shown[(shown["source"] == "theory") & (shown["observable"] == name)]
+    curve = curve.sort_values(PENALTY)
+    corrected = activation == "linear" and name == "test_error"
+    points = shown[(shown["source"] == "simulation") & (shown["start"] == "informed")]
+    points = points[points["observable"] == ("corrected_test_error" if corrected else name)]
+    heights = [1 - c["value"] if name == "overlap" else c["value"] for c in (curve, points)]
+    panel.plot(curve[PENALTY], heights[0], color="black", label="theory")
+    panel.errorbar(
+        points[PENALTY], heights[1], points["error"],
+        fmt="o", color="black", mfc="white", capsize=1.5, linewidth=0.8, zorder=3,
+        label="simulation",
+    )  # fmt: skip
+    panel.axvspan(*sorted(best.values()), color="0.88", linewidth=0, zorder=0)
+    for which, (_, color, dashes, marker) in OPTIMA.items():
+        panel.axvline(best[which], color=color, linestyle=dashes, linewidth=1.0, zorder=1)
+        if which == name:
+            height = np.interp(best[which], curve[PENALTY], heights[0])
+            panel.plot(best[which], height, marker, color=color, ms=5.5, zorder=4, clip_on=False)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(curve[PENALTY].min(), curve[PENALTY].max())
+    ends, ticks = AXES[activation, name]
+    panel.set_ylim(ends)
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_yticks([], minor=True)
+
+
 def _name_optima(panel: Any, part: pd.DataFrame) -> None:
-    """The symbols of both optima above a panel: side by side, in one where they coincide."""
-    best, first = optima(part), part[PENALTY].min()
-    place = {"ha": "center", "va": "bottom", "fontsize": 8}
-    top = panel.get_xaxis_transform()
+    """The symbols of both optima above a panel; in one where they coincide."""
+    best, transform = optima(part), panel.get_xaxis_transform()
     if abs(math.log(best["test_error"] / best["overlap"])) < 0.01:
-        text = f"{SYMBOLS['test_error']} = {SYMBOLS['overlap']}"
-        panel.text(best["overlap"], 1.01, text, transform=top, **place)
+        text = " = ".join(symbol for symbol, *_ in OPTIMA.values())
+        panel.text(best["overlap"], 1.02, text, transform=transform, ha="center", fontsize=8)
         return
-    for name, (color, *_) in OPTIMA.items():
-        lower = best[name] == min(best.values())
-        place["ha"] = "right" if lower else "left"
-        if best[name] <= first:
-            text, place["ha"] = rf"{SYMBOLS[name]} $\to 0$", "left"
-        else:
-            text = SYMBOLS[name]
-        panel.text(best[name], 1.01, text, transform=top, color=color, **place)
+    for name, (symbol, color, *_) in OPTIMA.items():
+        at_edge = best[name] <= part[PENALTY].min()
+        text = rf"{symbol}$\to 0$" if at_edge else symbol
+        side = "right" if best[name] == min(best.values()) and not at_edge else "left"
+        panel.text(best[name], 1.02, text, transform=transform, ha=side, color=color, fontsize=8)
 
 
 def caption(table: pd.DataFrame) -> str:

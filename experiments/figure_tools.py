@@ -71,14 +71,11 @@ class Experiment:
         """Compute the rows of the profile's sources, write the table, draw what was written."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.csv"
-        kept = [source for source in SOURCES if source not in profile.sources]
-        former = pd.read_csv(path) if kept else None  # before hours of computing, if it is missing
+        rest = [source for source in SOURCES if source not in profile.sources]
+        former = pd.read_csv(path) if rest else None  # fails now rather than after the computation
         computed = self.compute(profile)
-        parts = [
-            rows[rows["source"] == source]
-            for source in SOURCES
-            for rows in [former if source in kept else computed]
-        ]
+        tables = {source: former if source in rest else computed for source in SOURCES}
+        parts = [table[table["source"] == source] for source, table in tables.items()]
         pd.concat(parts).to_csv(path, index=False, float_format="%.8g")
         self.redraw(folder)
 
