@@ -268,7 +268,8 @@ def caption(table: pd.DataFrame) -> str:
     shown = table[(table["source"] == "theory") & table["observable"].isin(OBJECTIVES)]
     parts = [panel_rows(table, *panel) for panel in PANELS]
     optima_text = "; ".join(_optima_text(part) for part in parts)
-    contrast_text = "; ".join(_contrast_text(part) for part in parts)
+    differences = [p for p in parts if p["observable"].eq("overlap_difference").any()]
+    contrast_text = "; ".join(_contrast_text(part) for part in differences)
     return (
         "**Figure 3.** The pre-training penalty λ of least test error is not that of best "
         "alignment. Test error E' after LoRA (label noise included) and misalignment 1 - o, both "
@@ -299,7 +300,7 @@ def _optima_text(part: pd.DataFrame) -> str:
         symbol, row = {"test_error": "λ*_E'", "overlap": "λ*_o"}[name], f"{name}_best_penalty"
         best, error = theory_of.loc[row, ["value", "error"]]
         text = f"{symbol} = {Estimate(best, error, 1)}"
-        if math.isnan(error):
+        if best <= part[PENALTY].min():
             text = f"{symbol} → 0, at λ = {best:g}"
         numbers = ", ".join(
             f"{letter} = {_theory_at(part, which, best)}"
