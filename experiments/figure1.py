@@ -73,7 +73,7 @@ def rows_of(source: str, activation: str, profile: Profile) -> list[dict[str, An
 
 def compute(profile: Profile) -> pd.DataFrame:
     # two processes share four jobs; the longest, the theory of softmax, comes first
-    activations, sources = zip(*product(ACTIVATIONS, ("theory", "simulation")), strict=True)
+    activations, sources = zip(*product(ACTIVATIONS, profile.sources), strict=True)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         parts = pool.map(rows_of, sources, activations, [profile] * len(sources))
         return pd.DataFrame(list(chain.from_iterable(parts)))

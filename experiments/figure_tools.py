@@ -12,10 +12,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lora_theory import Problem, Status, predict, simulate
+from lora_theory import Prediction, Problem, Simulation, Status, predict, simulate
 
 # Okabe–Ito colours that stay apart in greyscale too, with a line style and a marker each.
 CURVES = (("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#E69F00", "-.", "^"))
+
+#: What a row of a table may come from, in the order of the rows.
+SOURCES = ("theory", "simulation")
 
 STYLE = {
     "font.size": 8,
@@ -44,6 +47,7 @@ class Profile:
     points: int  # per theory curve
     dim: int
     seeds: int
+    sources: tuple[str, ...] = SOURCES  # what is computed; the table keeps its rows of the others
 
     def pick(self, *, quick: Any, full: Any) -> Any:
         """One of two values, by the name of the profile."""
@@ -64,9 +68,15 @@ class Experiment:
     caption: Callable[[pd.DataFrame], str]
 
     def run(self, profile: Profile, folder: Path) -> None:
-        """Compute the table, write it, and draw from what was written."""
+        """Compute the rows of the profile's sources, write the table, draw what was written."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.compute(profile).to_csv(folder / f"{self.name}.csv", index=False, float_format="%.8g")
+        path = folder / f"{self.name}.csv"
+        rest = [source for source in SOURCES if source not in profile.sources]
+        former = pd.read_csv(path) if rest else None  # fails now rather than after the computation
+        computed = self.compute(profile)
+        tables = {source: former if source in rest else computed for source in SOURCES}
+        parts = [table[table["source"] == source] for source, table in tables.items()]
+        pd.concat(parts).to_csv(path, index=False, float_format="%.8g")
         self.redraw(folder)
 
     def redraw(self, folder: Path) -> None:
@@ -87,8 +97,13 @@ OBSERVED = ("test_error", "overlap", "frozen_test_error")
 def theory_rows(problem: Problem, labels: Mapping[str, Any], profile: Profile) -> Iterator[dict]:
     """Tidy rows of the prediction, one per observable of fine-tuning."""
     prediction = predict(problem, nodes=profile.nodes, blocks=profile.blocks)
+    yield from predicted_rows(prediction, labels)
+
+
+def predicted_rows(prediction: Prediction, labels: Mapping[str, Any]) -> Iterator[dict]:
+    """The same of a prediction that is there."""
     stage = prediction.finetuning
-    shared = {**labels, **problem.to_flat(), "source": "theory", "start": stage.branch}
+    shared = {**labels, **prediction.problem.to_flat(), "source": "theory", "start": stage.branch}
     shared |= {"status": prediction.status.value}
     for name in OBSERVED:
         error = stage.quadrature_error[name]
@@ -100,8 +115,15 @@ def simulation_rows(
 ) -> Iterator[dict]:
     """Tidy rows of the simulation from w* and, lowest of two, from random starts."""
     result = simulate(problem, profile.dim, profile.seeds, seed=seed, starts=2, dtype="float32")
-    shared = {**labels, **problem.to_flat(), "source": "simulation", "status": result.status.value}
-    shared |= {"dim": profile.dim, "seeds": profile.seeds, "root_seed": seed, "dtype": "float32"}
+    yield from measured_rows(result, labels)
+
+
+def measured_rows(result: Simulation, labels: Mapping[str, Any]) -> Iterator[dict]:
+    """The same of a simulation that is there."""
+    shared = {**labels, **result.problem.to_flat(), "source": "simulation"}
+    shared |= {"status": result.status.value, "dim": result.dim, "seeds": result.seeds}
+    environment = result.environment
+    shared |= {"root_seed": environment["seed"], "dtype": environment["dtype"]}
     starts = {"informed": result.finetuning, "random": result.finetuning_random}
     for start, stage in starts.items():
         for name in OBSERVED:

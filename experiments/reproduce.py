@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 import time
 from pathlib import Path
 
 import figure1
+import figure3
 import matplotlib as mpl
 import published
 from figure_tools import FULL, QUICK
 
 EXPERIMENTS = {
-    experiment.name: experiment for experiment in (figure1.EXPERIMENT, published.EXPERIMENT)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (figure1, figure3, published)
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 
@@ -25,11 +27,17 @@ def main() -> None:
     profile.add_argument("--quick", action="store_true", help="small sizes (the default)")
     profile.add_argument("--full", action="store_true", help="publication sizes")
     parser.add_argument("--only", choices=EXPERIMENTS, help="one figure")
-    parser.add_argument("--redraw", action="store_true", help="from the tables, computing nothing")
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument("--redraw", action="store_true", help="from the tables, computing nothing")
+    work.add_argument(
+        "--theory", action="store_true", help="the theory again; simulations stay as in the tables"
+    )
     options = parser.parse_args()
     mpl.use("Agg")
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # remarks on dates in font files
     chosen = FULL if options.full else QUICK
+    if options.theory:
+        chosen = dataclasses.replace(chosen, sources=("theory",))
     folder = FIGURES if options.full else FIGURES / "quick"
     for name in [options.only] if options.only else EXPERIMENTS:
         start = time.perf_counter()

@@ -445,27 +445,6 @@ def test_reused_sequences_are_fresh_ones_where_pretraining_did_not_fit_them(prob
 # -- what the stages do to each other --------------------------------------------------------------
 
 
-def test_best_alignment_and_least_error_part_for_reused_sequences():
-    """docs/theory.md, section 4.3, with its numbers; the best λ for Δ_eff,0 is about .104."""
-    answers = {
-        penalty: solution(LINEAR, {"pretraining.penalty": penalty, **REUSED}, nodes=1024)
-        for penalty in (0.02, 0.07, 0.104, 0.15, 0.2)
-    }
-    noises = {penalty: answer.effective_noise for penalty, answer in answers.items()}
-    found = {0.02: (0.532, 0.092), 0.104: (0.467, 0.124)}
-    for penalty, (test, training) in found.items():
-        noise = noises[penalty]
-        assert (noise.delta_eff, noise.delta_eff_training) == pytest.approx(
-            (test, training), abs=6e-4
-        )
-    assert min(noises, key=lambda penalty: noises[penalty].delta_eff) == 0.104
-    little, much = answers[0.02].finetuning, answers[0.2].finetuning
-    assert (little.overlap, little.test_error) == pytest.approx((0.99623, 0.82129), abs=3e-4)
-    assert (much.overlap, much.test_error) == pytest.approx((0.99294, 0.78508), abs=3e-4)
-    assert little.overlap > much.overlap
-    assert little.test_error > much.test_error
-
-
 @pytest.mark.parametrize("problem", [LINEAR, pytest.param(SOFTMAX, marks=pytest.mark.slow)])
 def test_only_penalty_times_root_of_the_rank_matters(problem):
     answers = [
