@@ -26,7 +26,7 @@ from lora_theory.theory.results import (
 from lora_theory.theory.roots import Root, solve, standard_error
 from lora_theory.theory.spectrum import learned_rank
 
-__all__ = ["finetune", "predict"]
+__all__ = ["finetune", "frozen_weights", "predict", "pretraining_averages", "solve_pretraining"]
 
 _COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
@@ -73,12 +73,12 @@ def predict(
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     _check_tokens(problem.tokens)
     with jax.enable_x64(True):
-        root = _solve_pretraining(problem.replace(finetuning=None), discretisation)
+        root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         pretraining = _pretraining_prediction(problem, root, tolerance)
         noise = _effective_noise(problem, root)
         branches: tuple[FinetuningPrediction, ...] = ()
         if problem.finetuning is not None:
-            weights = _frozen_weights(problem, root)
+            weights = frozen_weights(problem, root)
             branches = solve_branches(
                 problem.finetuning, weights, problem.tokens, problem.activation, discretisation
             )
@@ -154,18 +154,22 @@ def _check_tokens(tokens: int) -> None:
         )
 
 
+def pretraining_averages(problem: Problem, discretisation: Discretisation) -> tuple[Averages, int]:
+    """The equations of stage one on nodes, and the number of chunks to look for a root on."""
+    constants, tokens = pre.Constants.of(problem), problem.tokens
+    if problem.activation == "linear":
+        return Averages(pre.LinearPretraining(constants, tokens=tokens), [None], 1), 1
+    n = field_count(tokens, problem.activation)
+    nodes, together = discretisation.chunks(2 * n, tokens, discretisation.seed)
+    equations = pre.SoftmaxPretraining(constants, tokens=tokens, blocks=together)
+    labels = [pre.Labels(jnp.asarray(part[:n]), jnp.asarray(part[n:])) for part in nodes]
+    return Averages(equations, labels, discretisation.blocks), coarse_chunks(nodes)
+
+
 @functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once
-def _solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
-    constants = pre.Constants.of(problem)
-    tokens = problem.tokens
-    averages, coarse = Averages(pre.LinearPretraining(constants, tokens=tokens), [None], 1), 1
-    if problem.activation == "softmax":
-        n = field_count(tokens, problem.activation)
-        nodes, together = discretisation.chunks(2 * n, tokens, discretisation.seed)
-        coarse = coarse_chunks(nodes)
-        equations = pre.SoftmaxPretraining(constants, tokens=tokens, blocks=together)
-        labels = [pre.Labels(jnp.asarray(part[:n]), jnp.asarray(part[n:])) for part in nodes]
-        averages = Averages(equations, labels, discretisation.blocks)
+def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
+    """The root of stage one; ``problem`` without fine-tuning."""
+    averages, coarse = pretraining_averages(problem, discretisation)
 
     def solve_from(start: Float[np.ndarray, " 3"]) -> Root:
         return solve(
@@ -176,13 +180,13 @@ def _solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root
             relaxation=pre.relaxation,
         )
 
-    alpha, penalty = constants.samples, problem.pretraining.penalty
+    alpha, penalty = problem.pretraining.samples, problem.pretraining.penalty
     root = solve_from(np.log([0.3 * alpha, alpha, alpha]))
     if root.residual < discretisation.tolerance or penalty > _EASY_PENALTY:
         return root
     # V grows without bound as λ → 0 below interpolation: come from a larger penalty
     easier = problem.replace({"pretraining.penalty": 3 * penalty})
-    again = solve_from(_solve_pretraining(easier, discretisation).unknowns)
+    again = solve_from(solve_pretraining(easier, discretisation).unknowns)
     return min(root, again, key=lambda root: root.residual)
 
 
@@ -216,7 +220,7 @@ def _pretraining_prediction(
     )
 
 
-def _frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
+def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     """Q, M and V at the roots of the single blocks."""
     constants = pre.Constants.of(problem)
     order = [pre.OBSERVABLES.index(name) for name in ("Q", "M", "V")]
@@ -230,7 +234,7 @@ def _frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
 
 
 def _effective_noise(problem: Problem, root: Root) -> EffectiveNoise:
-    weights = _frozen_weights(problem, root)
+    weights = frozen_weights(problem, root)
     reused = problem.finetuning is not None and problem.finetuning.sequences == "reused"
     Q, M = weights.Q, weights.M
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -247,9 +247,12 @@ def linear_lora_proximal(
     """
     steep = 4.0 / levels.shape[0] ** 2
     b, omega, v = (jax.lax.stop_gradient(entry) for entry in (levels, center, variance))
+    # on the boundary of a jump either sign is a minimum
+    omega = omega.at[-1].set(jnp.where(omega[-1] == 0, 1e-100, omega[-1]))
     pull = (omega / v) ** 2
     base = jnp.maximum(0.0, b[-1] - 1 / (steep * v))  # s = base + t, t > 0
-    floor = 1 / v + steep * (base - b)
+    # 1/v + steep·(base − b), exactly 0 at the top level where base > 0
+    floor = jnp.where(base > 0, steep * (b[-1] - b), 1 / v - steep * b)
     high = jnp.maximum(b[-1], 0.0) + jnp.sum(omega**2, 0) - base
     low_free = jnp.sum(pull / (floor + steep * high) ** 2, 0)
     low_held = jnp.abs(omega[-1]) / (v * steep * jnp.sqrt(base + high))

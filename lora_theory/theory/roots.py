@@ -162,7 +162,7 @@ def _basin(
     """Damped iteration until Newton's method succeeds from where it has come."""
 
     def residual_at(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return averages.at(x, search=True).residual.mean(axis=0)
+        return np.asarray(averages.at(x, search=True).residual.mean(axis=0))
 
     for _ in range(4):
         step = np.zeros_like(x)
@@ -221,10 +221,12 @@ def _polish(
 
     def residual(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         # what is not finite is far from any root
-        return np.nan_to_num(at(x).residual.mean(axis=0), nan=1e6, posinf=1e6, neginf=-1e6)
+        mean = at(x).residual.mean(axis=0)
+        return np.asarray(np.nan_to_num(mean, nan=1e6, posinf=1e6, neginf=-1e6))
 
     def jacobian(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:
-        return np.nan_to_num(at(x).jacobian[: x.size], nan=0.0, posinf=0.0, neginf=0.0)
+        rows = at(x).jacobian[: x.size]
+        return np.asarray(np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0))
 
     def best() -> tuple[bytes, BlockValues]:
         return min(met.items(), key=lambda entry: entry[1].size)
@@ -239,14 +241,13 @@ def _polish(
 
 
 def _root(x: Float[np.ndarray, " n"], values: BlockValues) -> Root:
-    n, mean = x.size, values.residual.mean(axis=0)
     jacobian = np.nan_to_num(values.jacobian, nan=0.0, posinf=0.0, neginf=0.0)
-    moves = np.linalg.lstsq(jacobian[:n], (mean - values.residual).T, rcond=None)[0].T
+    moves = np.linalg.lstsq(jacobian[: x.size], -values.residual.T, rcond=None)[0].T
     return Root(
         x,
         x + moves,
         values.size,
         float(standard_error(values.residual).max()),
         values.observables.mean(axis=0),
-        values.observables + moves @ jacobian[n:].T,
+        values.observables + moves @ jacobian[x.size :].T,
     )

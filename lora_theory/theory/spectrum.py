@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 __all__ = ["learned_rank", "stieltjes", "truncated_second_moment"]
+
+_SEGMENT = np.polynomial.legendre.leggauss(24)
 
 
 def _cubic_coefficients(
@@ -89,7 +92,7 @@ def truncated_second_moment(
 ) -> Float[Array, ""]:
     """J(δ, ε) = ∫_ε^∞ (x − ε)² μ_δ(dx), differentiable twice in δ and ε.
 
-    J = −Im A(g_ε)/(3π) with A = ∫(x(g) − ε)³dg, by parts from −Im∫(x − ε)² g dx/π.  The
+    J = −Im 𝒜(g_ε)/(3π) with 𝒜 = ∫(x(g) − ε)³dg, by parts from −Im∫(x − ε)² g dx/π.  The
     integrands of J, ∂_δJ and ∂_εJ vanish at g_ε, where x(g_ε) = ε: their first derivatives need
     no derivative of g_ε, which is therefore held fixed (docs/theory.md, section 2).
 
@@ -106,13 +109,42 @@ def truncated_second_moment(
     delta, epsilon = jnp.asarray(delta, dtype=float), jnp.asarray(epsilon, dtype=float)
     fixed = [jax.lax.stop_gradient(jnp.asarray(v, float)) for v in (epsilon, delta, teacher_rank)]
     real, density = stieltjes(*fixed)
-    g = real - 1j * jnp.pi * density
-    c, d, eps = 1.0 / jnp.sqrt(teacher_rank), delta**2, epsilon
+    c = 1.0 / jnp.sqrt(teacher_rank)
+    depth, room = jnp.pi * density, jnp.minimum(real, jnp.sqrt(fixed[2]) - real)
+    near = depth < 0.5 * room
+    return jnp.where(
+        near,
+        _near_the_edge(
+            jnp.where(near, real, 0.5 / c), jnp.where(near, depth, 0.0), delta, epsilon, c
+        ),
+        _in_the_bulk(real, depth, delta, epsilon, c),
+    )
+
+
+def _near_the_edge(real: Array, depth: Array, delta: Array, epsilon: Array, c: Array) -> Array:
+    """J along the segment from Re g_ε down to g_ε: exact to rounding where 𝒜 would cancel.
+
+    On it x(g) − ε = (g − g_ε)[−1/(g g_ε) + 1/((1 − cg)(1 − cg_ε)) + δ²]; its derivatives in δ, ε
+    and c are added as terms of value zero, for those of J act under the integral.
+    """
+    end, c0, d0, eps0 = map(jax.lax.stop_gradient, (real - 1j * depth, c, delta**2, epsilon))
+    points, weights = (jnp.asarray(part) for part in _SEGMENT)
+    g = end.real - 0.5j * depth * (1 + points)
+    height = (g - end) * (-1 / (g * end) + 1 / ((1 - c0 * g) * (1 - c0 * end)) + d0)
+    pole = 1 / (c * (1 - c * g))
+    height += pole - jax.lax.stop_gradient(pole) + (delta**2 - d0) * g - (epsilon - eps0)
+    return 0.5 * depth * jnp.sum(weights * (height**3).real) / (3 * jnp.pi)
+
+
+def _in_the_bulk(real: Array, depth: Array, delta: Array, epsilon: Array, c: Array) -> Array:
+    """J by the antiderivative of (x(g) − ε)³."""
+    g = real - 1j * depth
+    d, eps = delta**2, epsilon
     b = 1.0 / c
     u = 1.0 - c * g
     # logarithms on the closed half planes reached from above the real x axis
-    log_g = jnp.log(jnp.abs(g)) - 1j * jnp.arctan2(jnp.pi * density, real)
-    log_u = jnp.log(jnp.abs(u)) + 1j * jnp.arctan2(c * jnp.pi * density, u.real)
+    log_g = jnp.log(jnp.abs(g)) - 1j * jnp.arctan2(depth, real)
+    log_u = jnp.log(jnp.abs(u)) + 1j * jnp.arctan2(c * depth, u.real)
     at_zero = (b - eps, 1.0 + d)  # x(g) − ε = 1/g + h0 + h1 g + …
     at_pole = (c + d / c - eps, c - d / c)  # x(g) − ε = b/u + k0 + k1 u + …
     t1, t2 = 1.0 - b / c, -b / c**2  # x(g) − ε = dg − ε + t1/g + t2/g² + …
