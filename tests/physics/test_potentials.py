@@ -16,7 +16,7 @@ from lora_theory.theory.branches import FrozenWeights
 from lora_theory.theory.fields import field_basis, field_count
 from lora_theory.theory.finetuning import linear_fields, node_dimension
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks
-from lora_theory.theory.predict import _frozen_weights, _solve_pretraining
+from lora_theory.theory.predict import frozen_weights, solve_pretraining
 from lora_theory.theory.proximal import (
     linear_lora_proximal,
     rank_one_part,
@@ -64,11 +64,11 @@ def solved(problem: Problem) -> Prediction:
     return answer
 
 
-def frozen_weights(problem: Problem) -> FrozenWeights:
+def weights_of(problem: Problem) -> FrozenWeights:
     """Q, M and V of every block: stage two takes those of the block's own root."""
     discretisation = Discretisation(NODES, BLOCKS, SEED, tolerance=1e-10)
-    return _frozen_weights(
-        problem, _solve_pretraining(problem.replace(finetuning=None), discretisation)
+    return frozen_weights(
+        problem, solve_pretraining(problem.replace(finetuning=None), discretisation)
     )
 
 
@@ -215,7 +215,7 @@ def test_pretraining_potential_is_the_training_loss(problem):
 
 def finetuning_nodes(problem: Problem):
     """χ*, ζ, a function (χ, q) ↦ ℓ per node, and one that solves for the minimiser."""
-    T, stage, weights = problem.tokens, problem.finetuning, frozen_weights(problem)
+    T, stage, weights = problem.tokens, problem.finetuning, weights_of(problem)
     q0, eye = stage.signal, np.eye(T)[:, :, None]
     nodes = all_nodes(node_dimension(T, problem.activation), SEED + 1)
     if problem.activation == "linear":
