@@ -40,10 +40,15 @@ class BlockValues(NamedTuple):
         return cls(rows[:, :count], rows[:, count:], jacobian)
 
     @property
+    def mean(self) -> Float[np.ndarray, " n"]:
+        """Residuals on all nodes."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.asarray(self.residual.mean(axis=0))
+
+    @property
     def size(self) -> float:
-        """Largest relative residual of the mean over the blocks; inf where it is not finite."""
-        mean = self.residual.mean(axis=0)
-        return float(np.abs(mean).max()) if np.all(np.isfinite(mean)) else np.inf
+        """Largest relative residual on all nodes; inf where one is not finite."""
+        return float(np.abs(self.mean).max()) if np.all(np.isfinite(self.mean)) else np.inf
 
 
 class Equations(Protocol):
@@ -96,9 +101,12 @@ class Averages:
         parts = [one(0)] if len(self.chunks) == 1 else list(_pool().map(one, indices))
         residual = np.concatenate([part.residual for part in parts])
         observables = np.concatenate([part.observables for part in parts])
-        jacobian = np.mean([part.jacobian for part in parts], axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            jacobian = np.mean([part.jacobian for part in parts], axis=0)
 
         def by_block(rows: Float[np.ndarray, "rows K"]) -> Float[np.ndarray, "R K"]:
-            return rows.reshape(self.blocks, -1, rows.shape[1]).mean(axis=1)
+            # what is not finite, far from any root, is judged by those who read it
+            with np.errstate(invalid="ignore", over="ignore"):
+                return np.asarray(rows.reshape(self.blocks, -1, rows.shape[1]).mean(axis=1))
 
         return BlockValues(by_block(residual), by_block(observables), jacobian)

@@ -15,7 +15,6 @@ from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
-from lora_theory.theory.pretraining import effective_noise
 from lora_theory.theory.results import FinetuningPrediction
 from lora_theory.theory.roots import Root, refine, solve, standard_error
 
@@ -46,7 +45,7 @@ class FrozenWeights(NamedTuple):
 
     def effective_noise(self) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on the test law."""
-        return np.asarray(effective_noise(self.Q, self.M, self.label_variance))
+        return np.asarray(self.label_variance - 2 * self.M + self.Q)
 
     def training_noise(self, tokens: int, reused: bool) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4)."""
@@ -176,6 +175,9 @@ class FinetuningNodes:
 def _prediction(name: str, root: Root, tolerance: float) -> FinetuningPrediction:
     values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
+    response = values.pop("response") or math.nan
+    values["jump_mass"] = values.pop("jumps") / response
+    errors["jump_mass"] = errors.pop("jumps") / abs(response)
     status = root.status(values["jump_mass"], errors["jump_mass"], tolerance)
     if name == "zero":
         values |= {"q": 0.0, "m": 0.0, "q_hat": 0.0, "m_hat": 0.0, "overlap": math.nan}
@@ -186,7 +188,7 @@ def _prediction(name: str, root: Root, tolerance: float) -> FinetuningPrediction
         errors |= {"m": 0.0, "m_hat": 0.0, "overlap": 0.0}
     if values["m"] < 0:  # the mirror image w → −w
         values |= {"m": -values["m"], "m_hat": -values["m_hat"]}
-    del values["growth"], errors["growth"]
+    del values["growth"], errors["growth"], errors["response"]
     return FinetuningPrediction(
         status=status, residual=root.residual, quadrature_error=errors, branch=name, **values
     )

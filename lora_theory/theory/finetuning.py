@@ -59,7 +59,7 @@ __all__ = [
 #: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
 OBSERVABLES = (
     "q", "m", "v", "q_hat", "m_hat", "v_hat",
-    "potential", "overlap", "test_error", "train_error", "frozen_test_error", "jump_mass", "growth",
+    "potential", "overlap", "test_error", "train_error", "frozen_test_error", "jumps", "response", "growth",
 )  # fmt: skip
 
 # starts of the descents of the proximal operator that are tried, the most promising first
@@ -179,7 +179,7 @@ def _softmax_fields(
         for part in (to_fields(basis, training), to_fields(basis, z), task_labels, star, guess)
     ]
     noise = jnp.concatenate([nodes[2 * n + T :], -nodes[2 * n + T :]], axis=-1)
-    return SoftmaxFields(*doubled[:4], noise, doubled[4])
+    return SoftmaxFields(doubled[0], doubled[1], doubled[2], doubled[3], noise, doubled[4])
 
 
 def softmax_fields(
@@ -197,12 +197,11 @@ def softmax_fields(
     Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z
     (docs/theory.md, section 3).
     """
-    arrays = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
-    return SoftmaxFields(
-        *_softmax_fields(
-            *arrays, jnp.asarray(task.signal), jnp.asarray(task.label_variance), tokens, reused
-        )
+    arrays = [np.asarray(entry, dtype=float) for entry in (nodes, Q, M, V)]
+    fields: SoftmaxFields = _softmax_fields(
+        *arrays, task.signal, task.label_variance, tokens, reused
     )
+    return fields
 
 
 class _Output(NamedTuple):
@@ -296,7 +295,7 @@ def _rows(
     overlap = jnp.abs(m) / jnp.sqrt(q * q0)
     rows += [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
     rows += [out.test_error, out.train_error, out.frozen_test_error]
-    rows += [(response - alpha / v * out.stein) / jnp.mean(response), growth]
+    rows += [response - alpha / v * out.stein, response, growth]
     return jnp.stack([jnp.broadcast_to(row, growth.shape) for row in rows], axis=1)
 
 
@@ -312,14 +311,17 @@ def _linear_values(
     return both, jacobian
 
 
-def _arguments(unknowns: Array, fields: SoftmaxFields, task: Task) -> tuple[Array, ...]:
+_Arguments = tuple[Array, Array, Array, Array, Array]
+
+
+def _arguments(unknowns: Array, fields: SoftmaxFields, task: Task) -> _Arguments:
     """What the proximal operator depends on: h, y', ω, v, q."""
     q, m, v, s = _point(unknowns, task.signal)
     omega = m / task.signal * fields.signal + s * fields.noise
     return fields.training, fields.labels, omega, v, q
 
 
-def _starts(arguments: tuple[Array, ...], fields: SoftmaxFields, count: int) -> Array:
+def _starts(arguments: _Arguments, fields: SoftmaxFields, count: int) -> Array:
     likely = jnp.stack([fields.signal, fields.guess])
     return softmax_lora_starts(*arguments, likely)[:count]
 

@@ -67,7 +67,7 @@ class Discretisation(NamedTuple):
 def coarse_chunks(chunks: Sequence[Float[np.ndarray, "dimension points"]], tokens: int) -> int:
     """How many chunks have the nodes on which a root is first looked for."""
     points = _COARSE.get(tokens, _FEWEST_COARSE)
-    return min(len(chunks), -(-points // chunks[0].shape[1]))
+    return min(len(chunks), max(1, points // int(chunks[0].shape[1])))
 
 
 @functools.lru_cache(maxsize=16)

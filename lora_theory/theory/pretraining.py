@@ -35,7 +35,6 @@ __all__ = [
     "LinearPretraining",
     "SoftmaxPretraining",
     "block_means",
-    "effective_noise",
     "frozen_coordinates",
     "paired",
     "relaxation",
@@ -129,13 +128,6 @@ def frozen_coordinates(
     return label, M / label_variance * label + spread * frozen_noise, spread
 
 
-def effective_noise(
-    Q: Float[Array, ""], M: Float[Array, ""], label_variance: float | Float[Array, ""]
-) -> Float[Array, ""]:
-    """Δ_eff = Q0 + Δ/2 − 2M + Q (docs/theory.md, section 4)."""
-    return label_variance - 2 * M + Q
-
-
 class Labels(NamedTuple):
     """Pre-training nodes of softmax attention, each of them once: the mirror image is implied."""
 
@@ -167,7 +159,7 @@ class _Output(NamedTuple):
 def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: int) -> _Output:
     """Closed for σ(A) = A/T; one block."""
     T = tokens
-    noise = effective_noise(Q, M, constants.label_variance)
+    noise = constants.label_variance - 2 * M + Q  # Δ_eff
     stiff = V + T**2 / 4
     V_hat = constants.samples * T * (T + 1) / stiff
     test = (T + 1) / T * noise

@@ -172,7 +172,8 @@ def rank_one_part(target: Float[Array, "T T nodes"]) -> Float[Array, "T nodes"]:
     all entries changes no softmax.
     """
     levels, vectors = jnp.linalg.eigh(jnp.moveaxis(target - jnp.mean(target, (0, 1)), -1, 0))
-    return jnp.sqrt(jnp.maximum(levels[:, -1], 0.0)) * vectors[:, :, -1].T
+    part: Array = jnp.sqrt(jnp.maximum(levels[:, -1], 0.0)) * vectors[:, :, -1].T
+    return part
 
 
 def softmax_lora_proximal(

@@ -147,7 +147,7 @@ def _newton(
     """
 
     def size(values: BlockValues) -> float:
-        mean = values.residual.mean(axis=0)[held:]
+        mean = values.mean[held:]
         return float(np.abs(mean).max()) if np.all(np.isfinite(mean)) else np.inf
 
     for _ in range(_NEWTON_STEPS):
@@ -155,7 +155,7 @@ def _newton(
         if not size(values) > 0.1 * tolerance or not np.all(np.isfinite(jacobian)):
             break
         step = np.zeros_like(x)
-        residual = values.residual.mean(axis=0)[held:]
+        residual = values.mean[held:]
         step[held:] = np.linalg.lstsq(jacobian, -residual, rcond=None)[0]
         step *= min(1.0, _LONGEST_STEP / max(float(np.abs(step).max()), 1e-300))
         for _ in range(_HALVINGS):
@@ -181,7 +181,7 @@ def _scan(
         x = np.concatenate([[value], last[1:]])
         x = _newton(averages, x, averages.at(x, search=True), _SCAN_RESIDUAL, held=1)
         values = averages.at(x, search=True)
-        first, *others = values.residual.mean(axis=0)
+        first, *others = values.mean
         if not np.all(np.abs(others) < _ROUGH):
             continue
         if first <= 0 < before:
@@ -200,7 +200,7 @@ def _basin(
     """Damped iteration until Newton's method succeeds from where it has come."""
 
     def residual_at(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return np.asarray(averages.at(x, search=True).residual.mean(axis=0))
+        return averages.at(x, search=True).mean
 
     for _ in range(4):
         step = np.zeros_like(x)
@@ -258,7 +258,7 @@ def _polish(
 
     def residual(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         # what is not finite is far from any root
-        mean = at(x).residual.mean(axis=0)
+        mean = at(x).mean
         return np.asarray(np.nan_to_num(mean, nan=1e6, posinf=1e6, neginf=-1e6))
 
     def jacobian(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:

@@ -12,13 +12,19 @@ import numpy as np
 import pytest
 
 from lora_theory import Finetuning, Prediction, Pretraining, Problem, predict
+from lora_theory.theory.branches import FrozenWeights
 from lora_theory.theory.fields import field_basis, field_count
 from lora_theory.theory.finetuning import linear_fields, node_dimension
-from lora_theory.theory.nodes import gaussian_blocks
+from lora_theory.theory.nodes import Discretisation, gaussian_blocks
+from lora_theory.theory.predict import frozen_weights, solve_pretraining
 from lora_theory.theory.proximal import (
     linear_lora_proximal,
+    rank_one_part,
+    softmax_field_minima,
     softmax_field_proximal,
+    softmax_lora_minima,
     softmax_lora_proximal,
+    softmax_lora_starts,
 )
 from lora_theory.theory.spectrum import truncated_second_moment
 
@@ -58,6 +64,14 @@ def solved(problem: Problem) -> Prediction:
     return answer
 
 
+def weights_of(problem: Problem) -> FrozenWeights:
+    """Q, M and V of every block: stage two takes those of the block's own root."""
+    discretisation = Discretisation(NODES, BLOCKS, SEED, tolerance=1e-10)
+    return frozen_weights(
+        problem, solve_pretraining(problem.replace(finetuning=None), discretisation)
+    )
+
+
 @pytest.fixture(autouse=True)
 def _double_precision():
     with jax.enable_x64(True):
@@ -92,14 +106,21 @@ def frozen_pair(problem: Problem, g1, g2, Q, M):
     return label, M / Q_y * label + jnp.sqrt(Q - M**2 / Q_y) * g2
 
 
-@functools.cache
-def field_proximal(tokens: int):
-    """Prox_V(z; y) compiled once: (y, z^y, z, V) to points."""
-    prox = functools.partial(softmax_field_proximal, field_basis(tokens, "softmax"))
-    return jax.jit(lambda *arguments: prox(*arguments).point)
+@jax.jit
+def field_proximal(y, label, z, V):
+    """Prox_V(z; y)."""
+    minimum = softmax_field_minima(y, z, V, jnp.stack([z, label])).point
+    return softmax_field_proximal(y, z, V, minimum).point
 
 
-_lora_proximal = jax.jit(lambda *arguments: softmax_lora_proximal(*arguments).point)
+@jax.jit
+def lora_proximal(h, y, omega, v, q, likely):
+    """prox(ω) of softmax attention."""
+    starts = softmax_lora_starts(h, y, omega, v, q, likely)
+    minimum = softmax_lora_minima(h, y, omega, v, q, starts).point
+    return softmax_lora_proximal(h, y, omega, v, q, minimum).point
+
+
 _linear_proximal = jax.jit(lambda *arguments: linear_lora_proximal(*arguments).point)
 
 
@@ -124,7 +145,7 @@ def pretraining_envelope(problem: Problem, at: np.ndarray):
         weight = 1 / g1.shape[1]
         label, z_at = frozen_pair(problem, g1, g2, at[0], at[1])
         y = sigma(fields(problem, label))
-        u = field_proximal(T)(y, label, z_at, at[2])
+        u = field_proximal(y, label, z_at, at[2])
         loss = jnp.sum((y - sigma(fields(problem, u))) ** 2, axis=(0, 1))
 
     def envelope(V, Q, M):
@@ -192,15 +213,15 @@ def test_pretraining_potential_is_the_training_loss(problem):
 # -- fine-tuning -----------------------------------------------------------------------------------
 
 
-def finetuning_nodes(problem: Problem, answer: Prediction):
+def finetuning_nodes(problem: Problem):
     """χ*, ζ, a function (χ, q) ↦ ℓ per node, and one that solves for the minimiser."""
-    T, stage, weights = problem.tokens, problem.finetuning, answer.pretraining
+    T, stage, weights = problem.tokens, problem.finetuning, weights_of(problem)
     q0, eye = stage.signal, np.eye(T)[:, :, None]
     nodes = all_nodes(node_dimension(T, problem.activation), SEED + 1)
     if problem.activation == "linear":
-        noise = label_variance(problem) - 2 * weights.M + weights.Q
+        (noise,) = label_variance(problem) - 2 * weights.M + weights.Q
         if stage.sequences == "reused":
-            noise = noise / (1 + 4 * weights.V / T**2) ** 2
+            noise = noise / (1 + 4 * weights.V[0] / T**2) ** 2
         parts = linear_fields(nodes, noise, noise, q0, tokens=T)
 
         def loss(chi, q):
@@ -213,18 +234,20 @@ def finetuning_nodes(problem: Problem, answer: Prediction):
         return parts.signal, parts.noise, loss, solve
     n = field_count(T, "softmax")
     star, zeta = with_mirror(np.sqrt(q0) * nodes[2 * n : 2 * n + T], nodes[2 * n + T :])
-    label, z = frozen_pair(problem, nodes[:n], nodes[n : 2 * n], weights.Q, weights.M)
+    Q, M, V = (np.repeat(part, NODES) for part in (weights.Q, weights.M, weights.V))
+    label, z = frozen_pair(problem, nodes[:n], nodes[n : 2 * n], Q, M)
     if stage.sequences == "reused":
-        z = field_proximal(T)(sigma(fields(problem, label)), label, z, weights.V)
+        z = field_proximal(sigma(fields(problem, label)), label, z, V)
     label, z = np.tile(label, (1, 2)), np.tile(np.asarray(z), (1, 2))
     h = fields(problem, z)
     y = sigma(fields(problem, label) + star[:, None] * star - q0 * eye)
+    likely = jnp.stack([star, rank_one_part(fields(problem, label) - h + star[:, None] * star)])
 
     def loss(chi, q):
         return jnp.sum((y - sigma(h + chi[:, None] * chi - q * eye)) ** 2, axis=(0, 1))
 
     def solve(omega, q, v):
-        return _lora_proximal(h, y, star, omega, v, q)
+        return lora_proximal(h, y, omega, v, q, likely)
 
     return star, zeta, loss, solve
 
@@ -232,11 +255,10 @@ def finetuning_nodes(problem: Problem, answer: Prediction):
 @functools.cache
 def finetuning_point(problem: Problem, branch: str):
     """φ with the minimiser held, its gradient, the solution, E ∂_qℓ there and the prediction."""
-    answer = solved(problem)
-    found = {entry.branch: entry for entry in answer.branches}[branch]
+    found = {entry.branch: entry for entry in solved(problem).branches}[branch]
     at = np.array([getattr(found, name) for name in FINETUNING])
     stage, q0 = problem.finetuning, problem.finetuning.signal
-    star, zeta, loss, solve = finetuning_nodes(problem, answer)
+    star, zeta, loss, solve = finetuning_nodes(problem)
 
     def field(q, m):
         return m / q0 * star + jnp.sqrt(q - m**2 / q0) * zeta

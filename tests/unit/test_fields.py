@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from lora_theory.attention import attention
-from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
+from lora_theory.theory.fields import (
+    field_basis,
+    field_count,
+    softmax_field_hessian,
+    softmax_loss,
+    to_fields,
+)
 
 TOKENS = [1, 2, 3, 4, 5]
 
@@ -95,6 +101,28 @@ def test_softmax_loss_has_the_derivatives_of_its_value(tokens, scale):
     np.testing.assert_allclose(expansion.gradient, gradient, rtol=1e-9, atol=1e-13)
     np.testing.assert_allclose(expansion.hessian, hessian, rtol=1e-9, atol=1e-13)
     assert expansion.hessian.shape == (tokens, tokens, tokens, 6)
+
+
+@pytest.mark.parametrize("tokens", TOKENS[1:])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_softmax_hessian_in_the_coordinates(tokens, scale):
+    rng = np.random.default_rng(tokens)
+    basis = field_basis(tokens, "softmax")
+    points = scale * rng.standard_normal((basis.shape[-1], 5))
+    labels = rng.dirichlet(np.ones(tokens), size=(tokens, 5)).transpose(0, 2, 1)
+
+    def loss(point: jax.Array, label: jax.Array) -> jax.Array:
+        return jnp.sum((label - jax.nn.softmax(basis @ point, axis=1)) ** 2)
+
+    with jax.enable_x64(True):
+        arguments = jnp.asarray(points), jnp.asarray(labels)
+        rows = softmax_loss(to_fields(basis, arguments[0]), arguments[1]).hessian
+        hessian = jax.jit(softmax_field_hessian)(rows)
+        over_nodes = jax.vmap(jax.hessian(loss), in_axes=-1, out_axes=-1)
+        expected = np.asarray(jax.jit(over_nodes)(*arguments))
+    np.testing.assert_allclose(hessian, expected, rtol=1e-9, atol=1e-12)
+    assert np.abs(expected).max() > 1e-3
+    assert hessian.shape == (basis.shape[-1], basis.shape[-1], 5)
 
 
 def test_linear_attention_divides_by_the_tokens():

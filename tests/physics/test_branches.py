@@ -1,0 +1,52 @@
+"""Branches of LoRA, and what the rank of the weights changes."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lora_theory import ProblemError, predict
+
+#: Softmax attention takes longer.
+ACTIVATIONS = ["linear", pytest.param("softmax", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("samples", [0.1, 1.0, 3.0, 10.0])
+def test_the_branch_of_least_potential_is_reported(solution, samples):
+    answer = solution({"finetuning.samples": samples})
+    potentials = [branch.potential for branch in answer.branches]
+    assert potentials == sorted(potentials)
+    assert answer.finetuning is answer.branches[0]
+    names = [branch.branch for branch in answer.branches]
+    assert names == (["uninformed"] if samples == 0.1 else ["informed", "uninformed"])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_only_penalty_times_root_of_the_rank_matters(solution, activation):
+    answers = [
+        solution(
+            {"pretraining.rank": rank, "pretraining.penalty": 0.02 / math.sqrt(rank)},
+            activation=activation,
+        )
+        for rank in (1.0, 4.0, 0.7)
+    ]
+    other = solution({"pretraining.rank": 4.0}, activation=activation)
+    for stage in ("pretraining", "finetuning"):
+        for name in getattr(answers[0], stage).quadrature_error:
+            values = [getattr(getattr(answer, stage), name) for answer in answers]
+            np.testing.assert_allclose(values[1:], values[0], rtol=1e-8, atol=1e-9, err_msg=name)
+        first, second = (getattr(answer, stage).test_error for answer in (answers[0], other))
+        assert abs(first / second - 1) > 1e-3
+
+
+def test_a_rank_below_the_learned_one_is_refused(solution, problem):
+    learned = solution().pretraining.learned_rank
+    assert 0.3 < learned < 0.7
+    for factor in (1.001, 0.999):
+        rank = factor * learned
+        changes = {"pretraining.rank": rank, "pretraining.penalty": 0.02 / math.sqrt(rank)}
+        if factor > 1:
+            solution(changes)
+        else:
+            with pytest.raises(ProblemError, match=r"pretraining\.rank = .* at least 0\.\d+"):
+                predict(problem.replace(changes), nodes=128)
