@@ -28,6 +28,8 @@ _EASIER, _ROUGH = (81.0, 27.0, 9.0, 3.0), 0.03
 _MERGED_OVERLAP = 0.05
 # errors by which a potential is above another for certain
 _CLEARLY = 6
+# residual above which an informed root that no search has found counts as absent
+_ABSENT = 0.02
 # w/√(q0 D) of this size has vanished
 _VANISHED = 1e-3
 
@@ -104,14 +106,16 @@ def solve_branches(
         gap = uninformed.block_observables[:, potential] - informed.observables[potential]
         above = gap.mean() > _CLEARLY * standard_error(gap) and uninformed.residual < tolerance
         if "informed" not in found or informed.residual > tolerance or not above:
-            start = uninformed.unknowns
-            uninformed = branch(lora.UNINFORMED, start[0], 0.0)
+            uninformed = branch(lora.UNINFORMED, uninformed.unknowns[0], 0.0)
     if uninformed.unknowns[0] > vanished:
         found["uninformed"] = uninformed
     else:
         zero = branch(lora.ZERO, lora.ZERO_SPREAD, 0.0)
         solved = zero.observables[growth] < 0 and zero.residual < tolerance
         found |= {"zero": zero} if solved else {"uninformed": uninformed}
+    others = [root for name, root in found.items() if name != "informed"]
+    if informed.residual > _ABSENT and others[0].residual < tolerance:
+        found.pop("informed", None)
     return _by_potential(found, tolerance)
 
 
