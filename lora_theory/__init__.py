@@ -5,7 +5,14 @@ from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.status import Status
-from lora_theory.theory import EffectiveNoise, Prediction, finetune, measure_noise, predict
+from lora_theory.theory import (
+    EffectiveNoise,
+    Prediction,
+    finetune,
+    measure_noise,
+    predict,
+    predict_many,
+)
 
 __all__ = [
     "Comparison",
@@ -22,5 +29,6 @@ __all__ = [
     "finetune",
     "measure_noise",
     "predict",
+    "predict_many",
     "simulate",
 ]

@@ -1,7 +1,7 @@
 """The asymptotic theory: :func:`predict` both stages, :func:`finetune` the second alone."""
 
 from lora_theory.theory.frozen import measure_noise
-from lora_theory.theory.predict import finetune, predict
+from lora_theory.theory.predict import finetune, predict, predict_many
 from lora_theory.theory.results import (
     EffectiveNoise,
     FinetuningPrediction,
@@ -17,4 +17,5 @@ __all__ = [
     "finetune",
     "measure_noise",
     "predict",
+    "predict_many",
 ]

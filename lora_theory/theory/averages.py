@@ -7,22 +7,41 @@ that is computed at once: large enough to hide the cost of a call, small enough 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["Averages", "BlockValues", "Equations"]
+__all__ = ["Averages", "BlockValues", "Equations", "in_parallel"]
 
 _THREADS = 2
+_In, _Out = TypeVar("_In"), TypeVar("_Out")
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="averages")
+
+
+_INSIDE = threading.local()
+
+
+def in_parallel(function: Callable[[_In], _Out], arguments: Iterable[_In]) -> list[_Out]:
+    """``function`` of each argument on the threads of the theory; serially if called on one."""
+
+    def one(argument: _In) -> _Out:
+        _INSIDE.running = True
+        # a thread has its own JAX scopes: the 64-bit one must be opened in each
+        with jax.enable_x64(True):
+            return function(argument)
+
+    if getattr(_INSIDE, "running", False):
+        return [function(argument) for argument in arguments]
+    return list(_pool().map(one, arguments))
 
 
 class BlockValues(NamedTuple):
@@ -87,18 +106,15 @@ class Averages:
         """
 
         def one(index: int) -> BlockValues:
-            # a thread has its own JAX scopes: the 64-bit one must be opened in each
-            with jax.enable_x64(True):
-                chunk, minima = self.chunks[index], self._minima[index]
-                if minima is None:
-                    minima = self.equations.begin(unknowns, chunk)
-                if search:
-                    minima = self.equations.search(unknowns, chunk, minima)
-                values, self._minima[index] = self.equations.values(unknowns, chunk, minima)
-                return values
+            chunk, minima = self.chunks[index], self._minima[index]
+            if minima is None:
+                minima = self.equations.begin(unknowns, chunk)
+            if search:
+                minima = self.equations.search(unknowns, chunk, minima)
+            values, self._minima[index] = self.equations.values(unknowns, chunk, minima)
+            return values
 
-        indices = range(len(self.chunks))
-        parts = [one(0)] if len(self.chunks) == 1 else list(_pool().map(one, indices))
+        parts = [one(0)] if len(self.chunks) == 1 else in_parallel(one, range(len(self.chunks)))
         residual = np.concatenate([part.residual for part in parts])
         observables = np.concatenate([part.observables for part in parts])
         with np.errstate(invalid="ignore", over="ignore"):

@@ -14,6 +14,7 @@ from lora_theory.problem import Finetuning
 from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages
+from lora_theory.theory.errors import Errors, OrderParameters
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import FinetuningPrediction
 from lora_theory.theory.roots import Root, refine, solve, standard_error
@@ -116,7 +117,8 @@ def solve_branches(
     others = [root for name, root in found.items() if name != "informed"]
     if informed.residual > _ABSENT and others[0].residual < tolerance:
         found.pop("informed", None)
-    return _by_potential(found, tolerance)
+    test = _TestErrors(weights, stage.signal, tokens, activation, discretisation)
+    return _by_potential(found, test, tolerance)
 
 
 class FinetuningNodes:
@@ -139,10 +141,8 @@ class FinetuningNodes:
         self._fields: list[lora.LinearFields | lora.SoftmaxFields]
         if self._linear:
             training = float(weights.training_noise(tokens, reused)[0])
-            test = float(weights.effective_noise()[0])
             self._fields = [
-                lora.linear_fields(chunk, training, test, stage.signal, tokens=tokens)
-                for chunk in chunks
+                lora.linear_fields(chunk, training, stage.signal, tokens=tokens) for chunk in chunks
             ]
             return
         total = sum(chunk.shape[1] for chunk in chunks)
@@ -176,34 +176,72 @@ class FinetuningNodes:
         return Averages(equations, self._fields[::step], self._blocks)
 
 
-def _prediction(name: str, root: Root, tolerance: float) -> FinetuningPrediction:
+class _TestErrors:
+    """E' of a branch and of the frozen weights alone, with quadrature errors."""
+
+    def __init__(
+        self,
+        weights: FrozenWeights,
+        signal: float,
+        tokens: int,
+        activation: str,
+        discretisation: Discretisation,
+    ) -> None:
+        blocks = discretisation.blocks
+        self._signal = signal
+        self._errors = Errors(
+            activation, tokens, weights.label_variance, blocks=blocks, seed=discretisation.seed
+        )
+        self._Q, self._M = (np.broadcast_to(part, (blocks,)) for part in weights[:2])
+        zeros = np.zeros(blocks)
+        self.frozen = self._estimate(zeros, zeros)
+
+    def of(self, root: Root) -> tuple[float, float]:
+        """E' at the root, its error from the roots of the blocks."""
+        near = root.unknowns + np.clip(root.block_unknowns - root.unknowns, -1.0, 1.0)
+        s, m = np.exp(near[:, 0]), near[:, 1] * self._signal
+        return self._estimate(s**2 + m**2 / self._signal, m)
+
+    def _estimate(
+        self, q: Float[np.ndarray, " R"], m: Float[np.ndarray, " R"]
+    ) -> tuple[float, float]:
+        at = OrderParameters(self._Q, self._M, q, m)
+        value = self._errors.at(at.centre(), self._signal).mean()
+        return float(value), float(standard_error(self._errors.at(at, self._signal)))
+
+
+def _prediction(name: str, root: Root, test: _TestErrors, tolerance: float) -> FinetuningPrediction:
     values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     response = values.pop("response") or math.nan
     values["jump_mass"] = values.pop("jumps") / response
     errors["jump_mass"] = errors.pop("jumps") / abs(response)
+    del values["growth"], errors["growth"], errors["response"]
     status = root.status(values["jump_mass"], errors["jump_mass"], tolerance)
+    found = test.frozen if name == "zero" else test.of(root)
+    values["test_error"], errors["test_error"] = found
+    values["frozen_test_error"], errors["frozen_test_error"] = test.frozen
     if name == "zero":
         values |= {"q": 0.0, "m": 0.0, "q_hat": 0.0, "m_hat": 0.0, "overlap": math.nan}
-        values["test_error"] = values["frozen_test_error"]
         status = Status.COLLAPSED if status.is_solved else status
     if name == "uninformed":
         values |= {"m": 0.0, "m_hat": 0.0, "overlap": 0.0}
         errors |= {"m": 0.0, "m_hat": 0.0, "overlap": 0.0}
     if values["m"] < 0:  # the mirror image w → −w
         values |= {"m": -values["m"], "m_hat": -values["m_hat"]}
-    del values["growth"], errors["growth"], errors["response"]
     return FinetuningPrediction(
         status=status, residual=root.residual, quadrature_error=errors, branch=name, **values
     )
 
 
-def _by_potential(found: dict[str, Root], tolerance: float) -> tuple[FinetuningPrediction, ...]:
+def _by_potential(
+    found: dict[str, Root], test: _TestErrors, tolerance: float
+) -> tuple[FinetuningPrediction, ...]:
     """Branches by potential; a difference below its own quadrature error is a tie.
 
     An unsolved branch has no potential to compare: an informed one is put first, to be seen.
     """
-    predictions = {name: _prediction(name, root, tolerance) for name, root in found.items()}
+    predictions = {name: _prediction(name, root, test, tolerance) for name, root in found.items()}
 
     def order(prediction: FinetuningPrediction) -> tuple[int, float]:
         unsolved = 0 if prediction.branch == "informed" else 2

@@ -19,7 +19,7 @@ from lora_theory.theory.nodes import gaussian_blocks
 
 __all__ = ["Errors", "OrderParameters"]
 
-_POINTS, _SEED = 8192, 2
+_POINTS, _SEED = 16384, 2
 
 
 class OrderParameters(NamedTuple):
@@ -63,7 +63,7 @@ def _softmax_error(
         gap = row(label, star, signal) - row(student, chi, q)
         return tokens * jnp.mean(jnp.sum(gap**2, axis=0))
 
-    return jax.vmap(one)(nodes, *at)
+    return jax.vmap(one)(nodes, at.Q, at.M, at.q, at.m)
 
 
 class Errors:

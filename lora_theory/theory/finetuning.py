@@ -59,7 +59,7 @@ __all__ = [
 #: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
 OBSERVABLES = (
     "q", "m", "v", "q_hat", "m_hat", "v_hat",
-    "potential", "overlap", "test_error", "train_error", "frozen_test_error", "jumps", "response", "growth",
+    "potential", "overlap", "train_error", "jumps", "response", "growth",
 )  # fmt: skip
 
 # starts of the descents of the proximal operator that are tried, the most promising first
@@ -84,14 +84,12 @@ class LinearFields(NamedTuple):
     levels: Float[Array, "T nodes"]
     signal: Float[Array, "T nodes"]  # χ*
     noise: Float[Array, "T nodes"]  # ζ
-    effective_noise: Float[Array, ""]  # Δ_eff,0, of the test law
 
 
 class SoftmaxFields(NamedTuple):
     """What the frozen weights and the task fix on the nodes of softmax attention."""
 
     training: Float[Array, "T T nodes"]  # h of the training sequences
-    test: Float[Array, "T T nodes"]  # h of the test law
     labels: Float[Array, "T T nodes"]  # y'
     signal: Float[Array, "T nodes"]  # χ*
     noise: Float[Array, "T nodes"]  # ζ
@@ -125,7 +123,6 @@ def _eigenbasis(
 def linear_fields(
     nodes: Float[np.ndarray, "3T nodes"],
     training_noise: float,
-    test_noise: float,
     signal: float,
     *,
     tokens: int,
@@ -145,7 +142,7 @@ def linear_fields(
         jnp.asarray(signal, dtype=float),
         tokens,
     )
-    return LinearFields(levels, star, noise, jnp.asarray(test_noise, dtype=float))
+    return LinearFields(levels, star, noise)
 
 
 @quickly_compiled("tokens", "reused")
@@ -176,10 +173,10 @@ def _softmax_fields(
     # the fields do not depend on ζ: computed once per mirror pair
     doubled = [
         jnp.concatenate([part, part], axis=-1)
-        for part in (to_fields(basis, training), to_fields(basis, z), task_labels, star, guess)
+        for part in (to_fields(basis, training), task_labels, star, guess)
     ]
     noise = jnp.concatenate([nodes[2 * n + T :], -nodes[2 * n + T :]], axis=-1)
-    return SoftmaxFields(doubled[0], doubled[1], doubled[2], doubled[3], noise, doubled[4])
+    return SoftmaxFields(doubled[0], doubled[1], doubled[2], noise, doubled[3])
 
 
 def softmax_fields(
@@ -213,8 +210,6 @@ class _Output(NamedTuple):
     norm_slope: Array  # E ∂_qℓ
     stein: Array  # E tr(I − ∂prox/∂ω)
     train_error: Array
-    test_error: Array
-    frozen_test_error: Array
 
 
 def _linear_output(
@@ -226,25 +221,19 @@ def _linear_output(
     omega = m / task.signal * fields.signal + s * fields.noise
     prox = linear_lora_proximal(levels, omega, v)
     slope = 2 / tokens**2 * (jnp.sum(levels, 0) - jnp.sum(prox.point**2, 0))
-    shape = (tokens + 1) / tokens
-    every = jnp.ones_like(slope)
-    test = shape * (fields.effective_noise + task.signal**2 + q**2 - 2 * m**2)
-    frozen = shape * (fields.effective_noise + task.signal**2)
-    return _collect(prox, fields, slope, test * every, frozen * every, blocks)
+    return _collect(prox, fields, slope, blocks)
 
 
 def _collect(
     prox: Proximal,
     fields: LinearFields | SoftmaxFields,
     slope: Array,
-    test: Array,
-    frozen: Array,
     blocks: int,
 ) -> _Output:
     G = prox.force
     stein = smooth_response(prox)
     parts = [jnp.sum(G**2, 0), jnp.sum(G * fields.noise, 0), jnp.sum(G * fields.signal, 0)]
-    parts += [slope, stein, prox.loss, test, frozen]
+    parts += [slope, stein, prox.loss]
     return _Output(*(block_means(part, blocks) for part in parts))
 
 
@@ -258,13 +247,7 @@ def _softmax_output(
     chi = prox.point
     fitted = softmax_loss(fields.training + chi[:, None] * chi[None] - q * eye, fields.labels)
     slope = -jnp.einsum("aaN->N", fitted.gradient)
-
-    def error(student: Array) -> Array:
-        gap = fields.labels - attention(student, "softmax", row_axis=0)
-        return jnp.sum(gap**2, (0, 1))
-
-    test = error(fields.test + omega[:, None] * omega[None] - q * eye)
-    return _collect(prox, fields, slope, test, error(fields.test), blocks)
+    return _collect(prox, fields, slope, blocks)
 
 
 def _point(unknowns: Array, signal: float) -> tuple[Array, ...]:
@@ -294,8 +277,7 @@ def _rows(
     potential += task.penalty * q - s**2 / (2 * v)
     overlap = jnp.abs(m) / jnp.sqrt(q * q0)
     rows += [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
-    rows += [out.test_error, out.train_error, out.frozen_test_error]
-    rows += [response - alpha / v * out.stein, response, growth]
+    rows += [out.train_error, response - alpha / v * out.stein, response, growth]
     return jnp.stack([jnp.broadcast_to(row, growth.shape) for row in rows], axis=1)
 
 

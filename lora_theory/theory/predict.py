@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jaxtyping import Float
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.status import Status
 from lora_theory.theory import pretraining as pre
-from lora_theory.theory.averages import Averages
+from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.branches import FrozenWeights, solve_branches
+from lora_theory.theory.errors import Errors, OrderParameters
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import (
@@ -26,7 +28,14 @@ from lora_theory.theory.results import (
 from lora_theory.theory.roots import Root, solve, standard_error
 from lora_theory.theory.spectrum import learned_rank
 
-__all__ = ["finetune", "frozen_weights", "predict", "pretraining_averages", "solve_pretraining"]
+__all__ = [
+    "finetune",
+    "frozen_weights",
+    "predict",
+    "predict_many",
+    "pretraining_averages",
+    "solve_pretraining",
+]
 
 _COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
 _SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
@@ -74,7 +83,7 @@ def predict(
     _check_tokens(problem.tokens)
     with jax.enable_x64(True):
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
-        pretraining = _pretraining_prediction(problem, root, tolerance)
+        pretraining = _pretraining_prediction(problem, root, discretisation)
         noise = _effective_noise(problem, root)
         branches: tuple[FinetuningPrediction, ...] = ()
         if problem.finetuning is not None:
@@ -92,6 +101,35 @@ def predict(
         finetuning=chosen,
         branches=branches,
     )
+
+
+def predict_many(
+    problems: Iterable[Problem],
+    *,
+    nodes: int | None = None,
+    blocks: int = 8,
+    seed: int = 0,
+    tolerance: float = 1e-10,
+) -> list[Prediction]:
+    """:func:`predict` for many problems, several at a time; equal pre-trainings are solved once.
+
+    Raises:
+        ProblemError: as :func:`predict`, for the first problem that is refused.
+
+    Example:
+        >>> from lora_theory import Pretraining, Problem, predict_many
+        >>> base = Problem(
+        ...     tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.5,
+        ...     pretraining=Pretraining(samples=0.2, penalty=0.02),
+        ... )
+        >>> weak, strong = predict_many(
+        ...     base.replace({"pretraining.penalty": penalty}) for penalty in (0.02, 0.2)
+        ... )
+        >>> weak.pretraining.test_error > strong.pretraining.test_error
+        True
+    """
+    one = functools.partial(predict, nodes=nodes, blocks=blocks, seed=seed, tolerance=tolerance)
+    return in_parallel(one, problems)
 
 
 def finetune(
@@ -191,13 +229,22 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
 
 
 def _pretraining_prediction(
-    problem: Problem, root: Root, tolerance: float
+    problem: Problem, root: Root, discretisation: Discretisation
 ) -> PretrainingPrediction:
     values = dict(zip(pre.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(pre.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     rank = 0.0
     collapsed = values["Q"] < _COLLAPSED
-    status = root.status(values["jump_mass"], errors["jump_mass"], tolerance)
+    status = root.status(values["jump_mass"], errors["jump_mass"], discretisation.tolerance)
+    weights = frozen_weights(problem, root)
+    nothing = np.zeros_like(weights.Q)
+    at = OrderParameters(weights.Q, weights.M, nothing, nothing)
+    law = Errors(
+        problem.activation, problem.tokens, weights.label_variance,
+        blocks=len(nothing), seed=discretisation.seed,
+    )  # fmt: skip
+    values["test_error"] = float(law.at(at.centre(), 0.0).mean())
+    errors["test_error"] = float(standard_error(law.at(at, 0.0)))
     if collapsed:
         values |= {"Q": 0.0, "M": 0.0, "V": 0.0, "overlap": math.nan}
         status = Status.COLLAPSED if status.is_solved else status

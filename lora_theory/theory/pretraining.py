@@ -47,7 +47,7 @@ __all__ = [
 #: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
 OBSERVABLES = (
     "Q", "M", "V", "Q_hat", "M_hat", "V_hat",
-    "potential", "test_error", "train_error", "overlap", "jump_mass",
+    "potential", "train_error", "overlap", "jump_mass",
 )  # fmt: skip
 
 # floors that keep the equations finite where the weights vanish: S² and V
@@ -152,7 +152,6 @@ class _Output(NamedTuple):
     M_hat: Array
     V_hat: Array
     train_error: Array
-    test_error: Array
     stein: Array  # the Stein form of V̂
 
 
@@ -162,9 +161,8 @@ def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: i
     noise = constants.label_variance - 2 * M + Q  # Δ_eff
     stiff = V + T**2 / 4
     V_hat = constants.samples * T * (T + 1) / stiff
-    test = (T + 1) / T * noise
-    train = test * (T**2 / 4 / stiff) ** 2
-    return _Output(*(a[None] for a in (V_hat * noise / stiff, V_hat, V_hat, train, test, V_hat)))
+    train = (T + 1) / T * noise * (T**2 / 4 / stiff) ** 2
+    return _Output(*(a[None] for a in (V_hat * noise / stiff, V_hat, V_hat, train, V_hat)))
 
 
 def _softmax_output(
@@ -186,11 +184,8 @@ def _softmax_output(
     V_hat = -2 * alpha / spread * block_means(jnp.sum(G * noise, 0), blocks)
     signal = 2 * alpha * block_means(jnp.sum(G * label, 0), blocks)
     M_hat = (signal + M * V_hat) / constants.label_variance
-    basis = field_basis(tokens, "softmax")
-    students = attention(to_fields(basis, frozen), "softmax", row_axis=0)
-    test = block_means(jnp.sum((labels - students) ** 2, (0, 1)), blocks)
     stein = 2 * alpha / V * block_means(smooth_response(prox), blocks)
-    return _Output(Q_hat, M_hat, V_hat, block_means(prox.loss, blocks), test, stein)
+    return _Output(Q_hat, M_hat, V_hat, block_means(prox.loss, blocks), stein)
 
 
 def _softmax_fields(
@@ -219,7 +214,7 @@ def _rows(
     )
     overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
     rows = [new.Q_hat / Q_hat - 1, new.M_hat / M_hat - 1, new.V_hat / V_hat - 1]
-    rows += [Q, M, V, Q_hat, M_hat, V_hat, potential, new.test_error, new.train_error, overlap]
+    rows += [Q, M, V, Q_hat, M_hat, V_hat, potential, new.train_error, overlap]
     rows += [(new.V_hat - new.stein) / V_hat]
     return jnp.stack([jnp.broadcast_to(row, new.Q_hat.shape) for row in rows], axis=1)
 

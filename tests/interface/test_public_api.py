@@ -17,6 +17,7 @@ PUBLIC = [
     "finetune",
     "measure_noise",
     "predict",
+    "predict_many",
     "simulate",
 ]
 
