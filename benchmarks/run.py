@@ -67,7 +67,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     machine = environment()
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads")
+    print(f"{machine['cpu']}, cores: {machine['cores']}, threads: {machine['threads']}")
     failed = False
     for name in [options.only] if options.only else PARTS:
         try:

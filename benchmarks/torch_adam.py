@@ -40,7 +40,7 @@ COLUMNS = (
 )
 GAPS = (1e-2, 1e-3, 1e-4, 1e-5)
 TIGHT, CAP = 1e-7, 2000  # the descent that gives L_best
-RATES, STEPS = (0.03, 0.1, 0.3, 1.0), (100, 300, 1000)
+RATES, STEPS = (0.03, 0.1, 0.3, 1.0, 3.0), (100, 300, 1000)
 STAGES = {"pretraining": "W", "finetuning": "w"}
 
 
