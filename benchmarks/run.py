@@ -1,111 +1,88 @@
-"""Timings of theory and simulation: a table on stdout, JSON in the file given by --json.
+"""Timings, a table on stdout and JSON in the file given by --json; ratios within one run.
 
-Cold: first call in a fresh process, import and compilation included.  Warm: the same compiled
-functions on another problem of the same shape.  Ratios are within one run on one machine.
+    python benchmarks/run.py [--only PART] [--json FILE]
+
+Every part starts its measurements in fresh processes, one after the other.  With --only, the part
+replaces its own entry in FILE and leaves the others.  Threads: all cores, or NPROC.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
+import textwrap
 from pathlib import Path
+from typing import Any
 
-import jax
+import batches
+import floor
+import plain_loop
+import simulation
+import theory
+import torch_adam
+from common import Part, environment, table, timed
 
-from lora_theory import Finetuning, Pretraining, Problem, predict, simulate
+PARTS = {
+    "theory": theory,
+    "batches": batches,
+    "floor": floor,
+    "simulation": simulation,
+    "loop": plain_loop,
+    "torch": torch_adam,
+}
 
-CASES = [
-    (activation, tokens, sequences)
-    for activation in ("linear", "softmax")
-    for tokens in (2, 3)
-    for sequences in ("fresh", "reused")
-]
+
+def entry(part: Part, seconds: float) -> dict[str, Any]:
+    """What the JSON file holds of a part."""
+    held: dict[str, Any] = {
+        "environment": environment(),
+        "seconds": seconds,
+        "notes": wrapped(part.notes),
+    }
+    if part.skipped:
+        held["skipped"] = part.skipped
+    return held | {"rows": part.rows}
 
 
-def problem(activation: str, tokens: int, sequences: str, penalty: float = 0.05) -> Problem:
-    return Problem(
-        activation=activation,
-        tokens=tokens,
-        teacher_rank=0.5,
-        label_noise=0.5,
-        pretraining=Pretraining(samples=0.2, penalty=penalty),
-        finetuning=Finetuning(samples=3.0, penalty=0.2, sequences=sequences),
+def wrapped(notes: str) -> str:
+    paragraphs = notes.strip().split("\n\n")
+    return "\n".join(textwrap.fill(" ".join(text.split()), 96) for text in paragraphs)
+
+
+def show(name: str, part: Part, seconds: float) -> None:
+    title = f"{name}, measured in {seconds:.0f} s"
+    print(f"\n{title}\n{'-' * len(title)}")
+    print(f"skipped: {part.skipped}" if part.skipped else wrapped(part.notes))
+    if part.rows:
+        print(f"\n{table(part.columns, part.rows)}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument(
+        "--toy", action="store_true", help="smallest sizes, to see that it runs: no timing counts"
     )
-
-
-def seconds(call, *args, **kwargs) -> tuple[float, object]:
-    start = time.perf_counter()
-    result = call(*args, **kwargs)
-    return time.perf_counter() - start, result
-
-
-def theory_case(activation: str, tokens: int, sequences: str) -> dict:
-    """In this process, which must be fresh: cold, then warm on two other penalties."""
-    cold, _ = seconds(predict, problem(activation, tokens, sequences))
-    warm, answers = zip(
-        *(seconds(predict, problem(activation, tokens, sequences, p)) for p in (0.06, 0.07)),
-        strict=True,
-    )
-    stage = answers[-1].finetuning
-    errors = {
-        name: stage.quadrature_error[name] / abs(getattr(stage, name))
-        for name in ("q", "m", "overlap", "test_error", "frozen_test_error")
-    }
-    return {
-        "case": f"predict {activation} T={tokens} {sequences}",
-        "cold_s": cold,
-        "warm_s": min(warm),
-        "relative_error": max(errors.values()),
-    }
-
-
-def simulation_case(dim: int, dtype: str) -> dict:
-    asked = problem("softmax", 2, "fresh")
-    cold, _ = seconds(simulate, asked, dim, 1, dtype=dtype)
-    warm, result = seconds(simulate, asked, dim, 2, seed=1, dtype=dtype)
-    return {
-        "case": f"simulate softmax T=2 D={dim} {dtype}",
-        "cold_s": cold,
-        "warm_s": warm / 2,
-        "missed": result.pretraining.missed + result.finetuning.missed,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
-        activation, tokens, sequences = options.case
-        print(json.dumps(theory_case(activation, int(tokens), sequences)))
-        return
-    rows = []
-    for case in CASES:
-        command = [sys.executable, __file__, "--case", *map(str, case)]
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = json.loads(done.stdout)
-        row["process_s"] = time.perf_counter() - start
-        rows.append(row)
-    rows += [simulation_case(dim, dtype) for dim in (50, 100) for dtype in ("float32", "float64")]
-    reference = next(row["warm_s"] for row in rows if "softmax T=2 fresh" in row["case"])
-    for row in rows:
-        row["warm_ratio"] = row["warm_s"] / reference
-        error = f"{row['relative_error']:.1e}" if "relative_error" in row else "—"
-        print(
-            f"{row['case']:36s} cold {row['cold_s']:6.1f} s   warm {row['warm_s']:7.3f} s"
-            f"   ×{row['warm_ratio']:6.3f}   largest relative error {error}"
-        )
-    if options.json:
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    machine = environment()
+    print(f"{machine['cpu']}, cores: {machine['cores']}, threads: {machine['threads']}")
+    failed = False
+    for name in [options.only] if options.only else PARTS:
+        try:
+            seconds, part = timed(lambda name=name: PARTS[name].measure(toy=options.toy))
+        except RuntimeError as error:
+            print(f"\n{name}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        show(name, part, seconds)
+        if options.json:
+            held = json.loads(options.json.read_text()) if options.json.exists() else {}
+            held[name] = entry(part, seconds)
+            options.json.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,8 @@ from jaxtyping import Float
 __all__ = ["Averages", "BlockValues", "Equations", "in_parallel"]
 
 _THREADS = 2
-_In, _Out = TypeVar("_In"), TypeVar("_Out")
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 @functools.cache

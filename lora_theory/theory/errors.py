@@ -63,7 +63,8 @@ def _softmax_error(
         gap = row(label, star, signal) - row(student, chi, q)
         return tokens * jnp.mean(jnp.sum(gap**2, axis=0))
 
-    return jax.vmap(one)(nodes, at.Q, at.M, at.q, at.m)
+    arrays = (jnp.asarray(part) for part in at)
+    return jax.vmap(one)(nodes, *arrays)
 
 
 class Errors:

@@ -222,7 +222,7 @@ def finetuning_nodes(problem: Problem):
         (noise,) = label_variance(problem) - 2 * weights.M + weights.Q
         if stage.sequences == "reused":
             noise = noise / (1 + 4 * weights.V[0] / T**2) ** 2
-        parts = linear_fields(nodes, noise, noise, q0, tokens=T)
+        parts = linear_fields(nodes, noise, q0, tokens=T)
 
         def loss(chi, q):
             target = eye * (parts.levels + q)[:, None]

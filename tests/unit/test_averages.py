@@ -67,7 +67,7 @@ def pretraining(chunks: int, together: int) -> Averages:
 
 def linear_finetuning(chunks: int, together: int) -> Averages:
     parts = np.split(whole_nodes(lora.node_dimension(TOKENS, "linear")), chunks, axis=1)
-    fields = [lora.linear_fields(part, 0.4, 0.5, TASK.signal, tokens=TOKENS) for part in parts]
+    fields = [lora.linear_fields(part, 0.4, TASK.signal, tokens=TOKENS) for part in parts]
     return Averages(lora.LinearFinetuning(TASK, lora.INFORMED, blocks=together), fields, BLOCKS)
 
 
