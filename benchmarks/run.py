@@ -17,6 +17,7 @@ from typing import Any
 
 import batches
 import floor
+import integration
 import plain_loop
 import simulation
 import theory
@@ -27,6 +28,7 @@ PARTS = {
     "theory": theory,
     "batches": batches,
     "floor": floor,
+    "integration": integration,
     "simulation": simulation,
     "loop": plain_loop,
     "torch": torch_adam,

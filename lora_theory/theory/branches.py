@@ -193,20 +193,26 @@ class _TestErrors:
             activation, tokens, weights.label_variance, blocks=blocks, seed=discretisation.seed
         )
         self._Q, self._M = (np.broadcast_to(part, (blocks,)) for part in weights[:2])
-        zeros = np.zeros(blocks)
-        self.frozen = self._estimate(zeros, zeros)
+        nothing = np.zeros(blocks)
+        self.frozen = self._estimate(nothing, nothing, 0.0, 0.0)
 
     def of(self, root: Root) -> tuple[float, float]:
         """E' at the root, its error from the roots of the blocks."""
         near = root.unknowns + np.clip(root.block_unknowns - root.unknowns, -1.0, 1.0)
-        s, m = np.exp(near[:, 0]), near[:, 1] * self._signal
-        return self._estimate(s**2 + m**2 / self._signal, m)
+        (q, *blocks_q), (m, *blocks_m) = self._overlaps(np.vstack([root.unknowns, near]))
+        return self._estimate(np.array(blocks_q), np.array(blocks_m), q, m)
+
+    def _overlaps(self, x: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, " n"], ...]:
+        s, m = np.exp(x[:, 0]), x[:, 1] * self._signal
+        return s**2 + m**2 / self._signal, m
 
     def _estimate(
-        self, q: Float[np.ndarray, " R"], m: Float[np.ndarray, " R"]
-    ) -> tuple[float, float]:
-        at = OrderParameters(self._Q, self._M, q, m)
-        value = self._errors.at(at.centre(), self._signal).mean()
+        self, blocks_q: Float[np.ndarray, " R"], blocks_m: Float[np.ndarray, " R"],
+        q: float, m: float,
+    ) -> tuple[float, float]:  # fmt: skip
+        at = OrderParameters(self._Q, self._M, blocks_q, blocks_m)
+        center = OrderParameters.same(self._Q.mean(), self._M.mean(), q, m, len(blocks_q))
+        value = self._errors.at(center, self._signal).mean()
         return float(value), float(standard_error(self._errors.at(at, self._signal)))
 
 

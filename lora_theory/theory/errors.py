@@ -7,7 +7,7 @@ averages of few dimensions have nodes of their own, many more than the equations
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ class OrderParameters(NamedTuple):
     q: Float[np.ndarray, " R"]
     m: Float[np.ndarray, " R"]
 
-    def centre(self) -> OrderParameters:
-        """The means over the blocks, for every block."""
-        return OrderParameters(*(np.full_like(part, part.mean()) for part in self))
+    @classmethod
+    def same(cls, Q: float, M: float, q: float, m: float, blocks: int) -> Self:
+        """One point for all blocks."""
+        return cls(*(np.full(blocks, float(value)) for value in (Q, M, q, m)))
 
 
 @quickly_compiled("tokens")

@@ -243,7 +243,8 @@ def _pretraining_prediction(
         problem.activation, problem.tokens, weights.label_variance,
         blocks=len(nothing), seed=discretisation.seed,
     )  # fmt: skip
-    values["test_error"] = float(law.at(at.centre(), 0.0).mean())
+    center = OrderParameters.same(values["Q"], values["M"], 0.0, 0.0, len(nothing))
+    values["test_error"] = float(law.at(center, 0.0).mean())
     errors["test_error"] = float(standard_error(law.at(at, 0.0)))
     if collapsed:
         values |= {"Q": 0.0, "M": 0.0, "V": 0.0, "overlap": math.nan}

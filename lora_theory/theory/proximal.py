@@ -37,7 +37,7 @@ __all__ = [
     "softmax_lora_starts",
 ]
 
-_TOLERANCE, _MAX_STEPS = 1e-6, 60
+_TOLERANCE, _MAX_STEPS = 1e-6, 200
 _BISECTIONS = 48
 
 

