@@ -37,7 +37,7 @@ LARGEST = {"softmax": 0.5, "linear": 2.0}
 #: The simulations at λ = FEW are compared, seed by seed, with those near λ*_E'.
 FEW, NEAR_LEAST_ERROR = 0.005, {"softmax": 0.03, "linear": 0.1}
 #: Of the theory in the full profile, per block.
-NODES = {"softmax": 512, "linear": 1024}
+NODES = {"softmax": 2048, "linear": 1024}
 #: Half the width in log λ of the parabola whose vertex, on other nodes, gives the error of λ*.
 WIDTH = 0.3
 

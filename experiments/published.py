@@ -61,11 +61,9 @@ def _published_rows() -> Iterator[dict[str, Any]]:
 
 def _theory_rows(profile: Profile) -> Iterator[dict[str, Any]]:
     for tokens, alphas in SAMPLES.items():
-        # deviations of a few per cent are shown, and pre-training alone is fast
-        nodes = profile.pick(quick=profile.nodes, full=4 * profile.nodes)
         between = np.sqrt(np.multiply(alphas[1:], alphas[:-1])).tolist()
         for alpha in profile.pick(quick=alphas, full=sorted([*alphas, *between])):
-            prediction = predict(problem(tokens, alpha), nodes=nodes, blocks=profile.blocks)
+            prediction = predict(problem(tokens, alpha), nodes=profile.nodes, blocks=profile.blocks)
             stage = prediction.pretraining
             error, status = stage.quadrature_error["test_error"], prediction.status.value
             yield _row("theory", tokens, alpha, stage.test_error, error, status=status)
