@@ -76,6 +76,7 @@ class Experiment:
         computed = self.compute(profile)
         tables = {source: former if source in rest else computed for source in SOURCES}
         parts = [table[table["source"] == source] for source, table in tables.items()]
+        parts.append(computed[~computed["source"].isin(SOURCES)])  # data of others
         pd.concat(parts).to_csv(path, index=False, float_format="%.8g")
         self.redraw(folder)
 

@@ -56,7 +56,7 @@ __all__ = [
     "softmax_fields",
 ]
 
-#: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
+#: Order of the observables in :class:`~lora_theory.theory.averages.BlockValues`.
 OBSERVABLES = (
     "q", "m", "v", "q_hat", "m_hat", "v_hat",
     "potential", "overlap", "train_error", "jumps", "response", "growth",

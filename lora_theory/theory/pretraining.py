@@ -44,7 +44,7 @@ __all__ = [
     "weights_at",
 ]
 
-#: Order of the observables in :class:`~lora_theory.theory.roots.Blocks`.
+#: Order of the observables in :class:`~lora_theory.theory.averages.BlockValues`.
 OBSERVABLES = (
     "Q", "M", "V", "Q_hat", "M_hat", "V_hat",
     "potential", "train_error", "overlap", "jump_mass",

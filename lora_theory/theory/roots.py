@@ -1,6 +1,6 @@
 """Root of a few equations averaged over nodes, with the quadrature error of everything read off it.
 
-The nodes come in R independent blocks.  A first root is found on one block; the root is taken on
+The nodes come in R independent blocks.  A root is approached on some of the nodes and taken on
 the mean over all blocks; the spread of the R roots that one Newton step gives for the single
 blocks is the quadrature error (docs/theory.md, section 5).
 """
