@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from lora_theory.theory.averages import Averages
 from lora_theory.theory.errors import Errors, OrderParameters
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import FinetuningPrediction
-from lora_theory.theory.roots import Root, refine, solve, standard_error
+from lora_theory.theory.roots import Root, refine, solve, standard_error, with_jumps
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
@@ -79,9 +80,15 @@ def solve_branches(
         )
         averages = nodes.averages(held, few=few)
         best = search(averages, tolerance=tolerance)
-        if best.residual < tolerance:
-            return best
-        # v grows without bound as λ' → 0 below interpolation: come from larger penalties
+        if best.residual > tolerance:
+            best = min(best, come_from_larger_penalties(search, averages, held), key=_residual)
+        jumps = best.status(*_jump_mass(best), tolerance) is Status.JUMPS
+        return with_jumps(averages, best) if jumps else best
+
+    def come_from_larger_penalties(
+        search: Callable[..., Root], averages: Averages, held: tuple[bool, bool, bool]
+    ) -> Root:
+        # v grows without bound as λ' → 0 below interpolation
         last: Root | None = None
         for factor in _EASIER:
             rough = nodes.averages(held, penalty=factor * stage.penalty).first(nodes.coarse)
@@ -90,11 +97,8 @@ def solve_branches(
             else:
                 last = refine(rough, last.unknowns, tolerance=_ROUGH)
             last = last if last.residual < _ROUGH else None
-        if last is None:
-            return best
-        return min(
-            best, refine(averages, last.unknowns, tolerance=tolerance), key=lambda r: r.residual
-        )
+        start = np.array([scale, 0.0, 0.0]) if last is None else last.unknowns
+        return refine(averages, start, tolerance=tolerance)
 
     found: dict[str, Root] = {}
     informed = branch(lora.INFORMED, scale + math.log(0.1), 0.9)
@@ -216,14 +220,24 @@ class _TestErrors:
         return float(value), float(standard_error(self._errors.at(at, self._signal)))
 
 
+def _residual(root: Root) -> float:
+    return root.residual
+
+
+def _jump_mass(root: Root) -> tuple[float, float]:
+    """Share of the response that jumps of the proximal operator carry, and its error."""
+    jumps, response = map(lora.OBSERVABLES.index, ("jumps", "response"))
+    size = root.observables[response] or math.nan
+    return float(root.observables[jumps] / size), float(root.quadrature_error[jumps] / abs(size))
+
+
 def _prediction(name: str, root: Root, test: _TestErrors, tolerance: float) -> FinetuningPrediction:
     values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
-    response = values.pop("response") or math.nan
-    values["jump_mass"] = values.pop("jumps") / response
-    errors["jump_mass"] = errors.pop("jumps") / abs(response)
-    del values["growth"], errors["growth"], errors["response"]
-    status = root.status(values["jump_mass"], errors["jump_mass"], tolerance)
+    values["jump_mass"], errors["jump_mass"] = _jump_mass(root)
+    for name_of_part in ("jumps", "response", "growth"):
+        del values[name_of_part], errors[name_of_part]
+    status = root.status(*_jump_mass(root), tolerance)
     found = test.frozen if name == "zero" else test.of(root)
     values["test_error"], errors["test_error"] = found
     values["frozen_test_error"], errors["frozen_test_error"] = test.frozen

@@ -25,7 +25,7 @@ from lora_theory.theory.results import (
     Prediction,
     PretrainingPrediction,
 )
-from lora_theory.theory.roots import Root, solve, standard_error
+from lora_theory.theory.roots import Root, solve, standard_error, with_jumps
 from lora_theory.theory.spectrum import learned_rank
 
 __all__ = [
@@ -220,12 +220,18 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
 
     alpha, penalty = problem.pretraining.samples, problem.pretraining.penalty
     root = solve_from(np.log([0.3 * alpha, alpha, alpha]))
-    if root.residual < discretisation.tolerance or penalty > _EASY_PENALTY:
-        return root
-    # V grows without bound as λ → 0 below interpolation: come from a larger penalty
-    easier = problem.replace({"pretraining.penalty": 3 * penalty})
-    again = solve_from(solve_pretraining(easier, discretisation).unknowns)
-    return min(root, again, key=lambda root: root.residual)
+    if root.residual > discretisation.tolerance and penalty <= _EASY_PENALTY:
+        # V grows without bound as λ → 0 below interpolation: come from a larger penalty
+        easier = problem.replace({"pretraining.penalty": 3 * penalty})
+        again = solve_from(solve_pretraining(easier, discretisation).unknowns)
+        root = min(root, again, key=lambda root: root.residual)
+    jumps = root.status(*_jump_mass(root), discretisation.tolerance) is Status.JUMPS
+    return with_jumps(averages, root) if jumps else root
+
+
+def _jump_mass(root: Root) -> tuple[float, float]:
+    column = pre.OBSERVABLES.index("jump_mass")
+    return float(root.observables[column]), float(root.quadrature_error[column])
 
 
 def _pretraining_prediction(
@@ -235,7 +241,7 @@ def _pretraining_prediction(
     errors = dict(zip(pre.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     rank = 0.0
     collapsed = values["Q"] < _COLLAPSED
-    status = root.status(values["jump_mass"], errors["jump_mass"], discretisation.tolerance)
+    status = root.status(*_jump_mass(root), discretisation.tolerance)
     weights = frozen_weights(problem, root)
     nothing = np.zeros_like(weights.Q)
     at = OrderParameters(weights.Q, weights.M, nothing, nothing)

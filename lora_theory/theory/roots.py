@@ -19,7 +19,7 @@ from scipy.optimize import root
 from lora_theory.status import Status
 from lora_theory.theory.averages import Averages, BlockValues
 
-__all__ = ["Root", "log_ratio", "refine", "solve", "standard_error"]
+__all__ = ["Root", "log_ratio", "refine", "solve", "standard_error", "with_jumps"]
 
 _SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
 # residual on a few nodes that is good enough to go on with all of them
@@ -27,7 +27,7 @@ _ROUGH, _SCAN_RESIDUAL = 0.03, 1e-3
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 12, 0.2
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
-_SECANT_STEP = 0.02
+_SECANT_STEP, _JUMP_STEP = 0.02, 0.05
 _MATTERING_JUMPS, _LARGEST_JUMP_RESIDUAL = 0.05, 0.02
 
 
@@ -40,6 +40,7 @@ class Root(NamedTuple):
     residual_noise: float  # its standard error over the blocks
     observables: Float[np.ndarray, " K"]
     block_observables: Float[np.ndarray, "R K"]
+    jumps: bool = False  # whether the errors know of jumps of the minima, for these matter
 
     @property
     def quadrature_error(self) -> Float[np.ndarray, " K"]:
@@ -51,8 +52,8 @@ class Root(NamedTuple):
         if not np.all(np.isfinite(self.observables)):
             return Status.NOT_CONVERGED
         if self.residual < tolerance:
-            jumps = abs(jump_mass) > max(_MATTERING_JUMPS, 4 * jump_error)
-            return Status.JUMPS if jumps else Status.CONVERGED
+            seen = abs(jump_mass) > max(_MATTERING_JUMPS, 4 * jump_error)
+            return Status.JUMPS if seen or self.jumps else Status.CONVERGED
         within = self.residual < min(self.residual_noise, _LARGEST_JUMP_RESIDUAL)
         return Status.JUMPS if within else Status.NOT_CONVERGED
 
@@ -109,6 +110,22 @@ def solve(
 def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) -> Root:
     """The root near ``x``, by Newton's method alone."""
     return _root(*_near(averages, x, tolerance))
+
+
+def with_jumps(averages: Averages, root: Root) -> Root:
+    """The same root, its errors with the part of the Jacobian that jumps of the minima carry.
+
+    By differences wide enough to average over the jumps of many nodes: on nodes the derivative does
+    not see them, and near the end of a branch they make it much more sensitive.
+    """
+    x, columns = root.unknowns, []
+    for step in np.eye(x.size) * _JUMP_STEP:
+        ends = [averages.at(x + sign * step, search=True) for sign in (1, -1)]
+        up, down = (np.append(end.mean, end.observables.mean(axis=0)) for end in ends)
+        columns.append((up - down) / (2 * _JUMP_STEP))
+    values = averages.at(x, search=True)
+    found = _root(x, values._replace(jacobian=np.stack(columns, axis=1)))
+    return found._replace(jumps=True)
 
 
 def _near(
