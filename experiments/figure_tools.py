@@ -55,7 +55,7 @@ class Profile:
 
 
 QUICK = Profile("quick", nodes=64, blocks=3, points=4, dim=48, seeds=4)
-FULL = Profile("full", nodes=None, blocks=8, points=9, dim=150, seeds=4)
+FULL = Profile("full", nodes=512, blocks=8, points=9, dim=150, seeds=4)
 
 
 @dataclass(frozen=True)

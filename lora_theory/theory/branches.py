@@ -80,7 +80,7 @@ def solve_branches(
         )
         averages = nodes.averages(held, few=few)
         best = search(averages, tolerance=tolerance)
-        if best.residual > tolerance:
+        if best.residual > tolerance and not best.ends_at_jumps:
             best = min(best, come_from_larger_penalties(search, averages, held), key=_residual)
         jumps = best.status(*_jump_mass(best), tolerance) is Status.JUMPS
         return with_jumps(averages, best) if jumps else best

@@ -202,6 +202,7 @@ def _two_lowest(
         )
 
     found, values = jax.lax.map(descend, starts)
+    values = jnp.where(jnp.isnan(values), jnp.inf, values)  # of a start that was not finite
     found = jnp.moveaxis(found, 0, 1)
 
     def pick(index: Array) -> Array:

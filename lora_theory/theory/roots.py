@@ -54,8 +54,12 @@ class Root(NamedTuple):
         if self.residual < tolerance:
             seen = abs(jump_mass) > max(_MATTERING_JUMPS, 4 * jump_error)
             return Status.JUMPS if seen or self.jumps else Status.CONVERGED
-        within = self.residual < min(self.residual_noise, _LARGEST_JUMP_RESIDUAL)
-        return Status.JUMPS if within else Status.NOT_CONVERGED
+        return Status.JUMPS if self.ends_at_jumps else Status.NOT_CONVERGED
+
+    @property
+    def ends_at_jumps(self) -> bool:
+        """Whether the residual is what single nodes on a jump leave: below its own error."""
+        return self.residual < min(self.residual_noise, _LARGEST_JUMP_RESIDUAL)
 
 
 def standard_error(blocks: Float[np.ndarray, "R ..."]) -> Float[np.ndarray, "..."]:
@@ -101,10 +105,11 @@ def solve(
         grid=grid,
     )
     x, values = _near(averages, basin(tolerance=max(tolerance, _ROUGH)), tolerance)
-    if values.size > tolerance:
-        slower = _polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS)
-        x, values = min((x, values), slower, key=lambda found: found[1].size)
-    return _root(x, values)
+    found = _root(x, values)
+    if found.residual < tolerance or found.ends_at_jumps:
+        return found
+    slower = _root(*_polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS))
+    return min(found, slower, key=lambda root: root.residual)
 
 
 def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) -> Root:
