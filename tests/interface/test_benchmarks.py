@@ -119,7 +119,7 @@ def test_theory_and_simulation_at_toy_sizes(module, monkeypatch):
         return json.loads(json.dumps(getattr(module(name), attribute)(**plain)))
 
     rows = {}
-    for name in ("theory", "simulation"):
+    for name in ("theory", "simulation", "integration"):
         monkeypatch.setattr(module(name), "fresh", here)
         rows[name] = module(name).measure(toy=True).rows
     case, curve = rows["theory"]
@@ -133,3 +133,7 @@ def test_theory_and_simulation_at_toy_sizes(module, monkeypatch):
     assert row["peak_mb"] >= 0
     assert row["missed"] == 0
     assert row["pretraining_iterations"] > 0
+    weighted, stein = rows["integration"]
+    assert (weighted["choice"], stein["choice"]) == ("weighted", "Stein")
+    assert min(weighted["response"], stein["response"]) > 0
+    assert stein["remark"].startswith("jumps ")

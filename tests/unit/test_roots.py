@@ -9,7 +9,7 @@ from scipy.stats import binom, t
 
 from lora_theory.theory.averages import Averages, BlockValues
 from lora_theory.theory.nodes import gaussian_blocks
-from lora_theory.theory.roots import Root, solve
+from lora_theory.theory.roots import Root, solve, with_jumps
 
 BLOCKS = 8
 #: x0 = .32 + p, x1 = √(2 x0); observables x0 + x1 E g² and x1 E exp(g/2), at p = 0.
@@ -185,3 +185,22 @@ def test_a_root_that_repels_the_iteration_is_found_by_a_change_of_sign():
     assert root.residual < 1e-12
     exact = np.roots([-1 / 3, 0, 1, -2]).real.min()
     np.testing.assert_allclose(root.unknowns, [exact, exact**2], rtol=1e-10)
+
+
+def test_errors_know_of_jumps_that_the_jacobian_does_not_see():
+    """x = 2(P(g < x) − 1/2) at x = 0: on nodes its slope is 1, of the mean 1 − 2/√(2π) = .2."""
+
+    def evaluate(x, block):
+        return [x[0] - 2 * ((block < x[0]).mean() - 0.5)], x, [[1.0], [1.0]]
+
+    found, plain, stated = [], [], []
+    for seed in range(30):
+        nodes = np.random.default_rng(seed).standard_normal((BLOCKS, 2000))
+        averages = explicit(evaluate, nodes)
+        root = solve(averages, np.array([0.3]), tolerance=1e-10)
+        found.append(root.unknowns[0])
+        plain.append(root.quadrature_error[0])
+        stated.append(with_jumps(averages, root).quadrature_error[0])
+    scatter = np.std(found, ddof=1)
+    assert 0.5 < np.mean(stated) / scatter < 2
+    assert np.mean(plain) / scatter < 0.4
