@@ -106,7 +106,8 @@ def solve(
     )
     x, values = _near(averages, basin(tolerance=max(tolerance, _ROUGH)), tolerance)
     found = _root(x, values)
-    if found.residual < tolerance or found.ends_at_jumps:
+    # many nodes are not worth the slow search between the jumps of single ones
+    if found.residual < tolerance or (found.ends_at_jumps and len(averages.chunks) > 1):
         return found
     slower = _root(*_polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS))
     return min(found, slower, key=lambda root: root.residual)
