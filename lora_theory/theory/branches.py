@@ -15,17 +15,17 @@ from lora_theory.problem import Finetuning
 from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages
-from lora_theory.theory.errors import Errors, OrderParameters
+from lora_theory.theory.errors import Errors, OrderParameters, effective_noise
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import FinetuningPrediction
-from lora_theory.theory.roots import Root, refine, solve, standard_error, with_jumps
+from lora_theory.theory.roots import ROUGH, Root, refine, solve, standard_error, with_jumps
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
 # log s at q0 = 1 among which a root is looked for where it repels the damped iteration
 _SCAN = np.arange(-10.0, 2.5, 0.5)
 _START_V = 0.05
-_EASIER, _ROUGH = (81.0, 27.0, 9.0, 3.0), 0.03
+_EASIER = (81.0, 27.0, 9.0, 3.0)
 # an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
 _MERGED_OVERLAP = 0.05
 # errors by which a potential is above another for certain
@@ -49,7 +49,7 @@ class FrozenWeights(NamedTuple):
 
     def effective_noise(self) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on the test law."""
-        return np.asarray(self.label_variance - 2 * self.M + self.Q)
+        return effective_noise(self.Q, self.M, self.label_variance)
 
     def training_noise(self, tokens: int, reused: bool) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4)."""
@@ -93,10 +93,10 @@ def solve_branches(
         for factor in _EASIER:
             rough = nodes.averages(held, penalty=factor * stage.penalty).first(nodes.coarse)
             if last is None:
-                last = search(rough, tolerance=_ROUGH)
+                last = search(rough, tolerance=ROUGH)
             else:
-                last = refine(rough, last.unknowns, tolerance=_ROUGH)
-            last = last if last.residual < _ROUGH else None
+                last = refine(rough, last.unknowns, tolerance=ROUGH)
+            last = last if last.residual < ROUGH else None
         start = np.array([scale, 0.0, 0.0]) if last is None else last.unknowns
         return refine(averages, start, tolerance=tolerance)
 
@@ -202,8 +202,8 @@ class _TestErrors:
 
     def of(self, root: Root) -> tuple[float, float]:
         """E' at the root, its error from the roots of the blocks."""
-        near = root.unknowns + np.clip(root.block_unknowns - root.unknowns, -1.0, 1.0)
-        (q, *blocks_q), (m, *blocks_m) = self._overlaps(np.vstack([root.unknowns, near]))
+        points = np.vstack([root.unknowns, root.block_unknowns])
+        (q, *blocks_q), (m, *blocks_m) = self._overlaps(points)
         return self._estimate(np.array(blocks_q), np.array(blocks_m), q, m)
 
     def _overlaps(self, x: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, " n"], ...]:
@@ -234,10 +234,10 @@ def _jump_mass(root: Root) -> tuple[float, float]:
 def _prediction(name: str, root: Root, test: _TestErrors, tolerance: float) -> FinetuningPrediction:
     values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
-    values["jump_mass"], errors["jump_mass"] = _jump_mass(root)
+    jumps = values["jump_mass"], errors["jump_mass"] = _jump_mass(root)
     for name_of_part in ("jumps", "response", "growth"):
         del values[name_of_part], errors[name_of_part]
-    status = root.status(*_jump_mass(root), tolerance)
+    status = root.status(*jumps, tolerance)
     found = test.frozen if name == "zero" else test.of(root)
     values["test_error"], errors["test_error"] = found
     values["frozen_test_error"], errors["frozen_test_error"] = test.frozen

@@ -7,7 +7,7 @@ averages of few dimensions have nodes of their own, many more than the equations
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,16 @@ from jaxtyping import Array, Float
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.nodes import gaussian_blocks
 
-__all__ = ["Errors", "OrderParameters"]
+__all__ = ["Errors", "OrderParameters", "effective_noise"]
 
 _POINTS, _SEED = 16384, 2
+_Numbers = TypeVar("_Numbers", Array, np.ndarray)
+
+
+def effective_noise(Q: _Numbers, M: _Numbers, label_variance: float) -> _Numbers:
+    """Δ_eff = Q0 + Δ/2 − 2M + Q of linear attention (docs/theory.md, section 4)."""
+    noise: _Numbers = label_variance - 2 * M + Q
+    return noise
 
 
 class OrderParameters(NamedTuple):
@@ -89,7 +96,7 @@ class Errors:
         Linear: ((T+1)/T)(Δ_eff + q0² + q² − 2m²), exact (docs/theory.md, section 4).
         """
         if self._nodes is None:
-            noise = self._label_variance - 2 * point.M + point.Q
+            noise = effective_noise(point.Q, point.M, self._label_variance)
             value = noise + signal**2 + point.q**2 - 2 * point.m**2
             return np.asarray((self._tokens + 1) / self._tokens * value)
         return np.asarray(

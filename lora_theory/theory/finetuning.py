@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,6 +25,7 @@ from lora_theory.theory.pretraining import (
     frozen_coordinates,
     paired,
     smooth_response,
+    with_jacobian,
 )
 from lora_theory.theory.proximal import (
     Proximal,
@@ -173,10 +173,10 @@ def _softmax_fields(
     # the fields do not depend on ζ: computed once per mirror pair
     doubled = [
         jnp.concatenate([part, part], axis=-1)
-        for part in (to_fields(basis, training), task_labels, star, guess)
+        for part in (to_fields(basis, training), task_labels, guess)
     ]
-    noise = jnp.concatenate([nodes[2 * n + T :], -nodes[2 * n + T :]], axis=-1)
-    return SoftmaxFields(doubled[0], doubled[1], doubled[2], noise, doubled[3])
+    star, noise = paired(star, nodes[2 * n + T :])
+    return SoftmaxFields(doubled[0], doubled[1], star, noise, doubled[2])
 
 
 def softmax_fields(
@@ -212,14 +212,26 @@ class _Output(NamedTuple):
     train_error: Array
 
 
-def _linear_output(
-    point: tuple[Array, ...], fields: LinearFields, task: Task, blocks: int
-) -> _Output:
-    q, m, v, s = point
+_Point = tuple[Array, Array, Array, Array]
+
+
+def _point(unknowns: Array, signal: float) -> _Point:
+    """(q, m, v, s) from (log s, m/q0, log v)."""
+    s, m, v = jnp.exp(unknowns[0]), unknowns[1] * signal, jnp.exp(unknowns[2])
+    return s**2 + m**2 / signal, m, v, s
+
+
+def _center(point: _Point, fields: LinearFields | SoftmaxFields, task: Task) -> Array:
+    """ω = (m/q0)χ* + sζ."""
+    _, m, _, s = point
+    return m / task.signal * fields.signal + s * fields.noise
+
+
+def _linear_output(point: _Point, fields: LinearFields, task: Task, blocks: int) -> _Output:
+    q, _, v, _ = point
     tokens = fields.levels.shape[0]
     levels = fields.levels + q
-    omega = m / task.signal * fields.signal + s * fields.noise
-    prox = linear_lora_proximal(levels, omega, v)
+    prox = linear_lora_proximal(levels, _center(point, fields, task), v)
     slope = 2 / tokens**2 * (jnp.sum(levels, 0) - jnp.sum(prox.point**2, 0))
     return _collect(prox, fields, slope, blocks)
 
@@ -238,11 +250,11 @@ def _collect(
 
 
 def _softmax_output(
-    point: tuple[Array, ...], fields: SoftmaxFields, minimum: Array, task: Task, blocks: int
+    point: _Point, fields: SoftmaxFields, minimum: Array, task: Task, blocks: int
 ) -> _Output:
-    q, m, v, s = point
+    q, _, v, _ = point
     eye = jnp.eye(minimum.shape[0])[:, :, None]
-    omega = m / task.signal * fields.signal + s * fields.noise
+    omega = _center(point, fields, task)
     prox = softmax_lora_proximal(fields.training, fields.labels, omega, v, q, minimum)
     chi = prox.point
     fitted = softmax_loss(fields.training + chi[:, None] * chi[None] - q * eye, fields.labels)
@@ -250,15 +262,7 @@ def _softmax_output(
     return _collect(prox, fields, slope, blocks)
 
 
-def _point(unknowns: Array, signal: float) -> tuple[Array, ...]:
-    """(q, m, v, s) from (log s, m/q0, log v)."""
-    s, m, v = jnp.exp(unknowns[0]), unknowns[1] * signal, jnp.exp(unknowns[2])
-    return s**2 + m**2 / signal, m, v, s
-
-
-def _rows(
-    x: Array, output: Callable[[tuple[Array, ...]], _Output], task: Task, held: Array
-) -> Array:
+def _rows(x: Array, output: Callable[[_Point], _Output], task: Task, held: Array) -> Array:
     """Residuals and observables by block, from the node averages at given (q, m, v, s)."""
     q0, alpha = task.signal, task.samples
     point = q, m, v, s = _point(x, q0)
@@ -285,12 +289,10 @@ def _rows(
 def _linear_values(
     unknowns: Array, fields: LinearFields, task: Task, held: Array, blocks: int
 ) -> tuple[Array, Array]:
-    def rows(x: Array) -> tuple[Array, Array]:
-        both = _rows(x, lambda point: _linear_output(point, fields, task, blocks), task, held)
-        return jnp.mean(both, axis=0), both
+    def output(point: _Point) -> _Output:
+        return _linear_output(point, fields, task, blocks)
 
-    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
-    return both, jacobian
+    return with_jacobian(lambda x: _rows(x, output, task, held), unknowns)
 
 
 _Arguments = tuple[Array, Array, Array, Array, Array]
@@ -298,9 +300,8 @@ _Arguments = tuple[Array, Array, Array, Array, Array]
 
 def _arguments(unknowns: Array, fields: SoftmaxFields, task: Task) -> _Arguments:
     """What the proximal operator depends on: h, y', ω, v, q."""
-    q, m, v, s = _point(unknowns, task.signal)
-    omega = m / task.signal * fields.signal + s * fields.noise
-    return fields.training, fields.labels, omega, v, q
+    point = q, _, v, _ = _point(unknowns, task.signal)
+    return fields.training, fields.labels, _center(point, fields, task), v, q
 
 
 def _starts(arguments: _Arguments, fields: SoftmaxFields, count: int) -> Array:
@@ -327,15 +328,11 @@ def _softmax_values(
 ) -> tuple[Array, Array, Array]:
     found = softmax_lora_minima(*_arguments(unknowns, fields, task), known)
 
-    def rows(x: Array) -> tuple[Array, Array]:
-        def output(point: tuple[Array, ...]) -> _Output:
-            return _softmax_output(point, fields, found.point, task, blocks)
+    def output(point: _Point) -> _Output:
+        return _softmax_output(point, fields, found.point, task, blocks)
 
-        both = _rows(x, output, task, held)
-        return jnp.mean(both, axis=0), both
-
-    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
-    return both, jacobian, jnp.stack([found.point, found.rival])
+    rows, jacobian = with_jacobian(lambda x: _rows(x, output, task, held), unknowns)
+    return rows, jacobian, jnp.stack([found.point, found.rival])
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:

@@ -83,11 +83,11 @@ def predict(
     _check_tokens(problem.tokens)
     with jax.enable_x64(True):
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
-        pretraining = _pretraining_prediction(problem, root, discretisation)
-        noise = _effective_noise(problem, root)
+        weights = frozen_weights(problem, root)
+        pretraining = _pretraining_prediction(problem, root, weights, discretisation)
+        noise = _effective_noise(problem, weights)
         branches: tuple[FinetuningPrediction, ...] = ()
         if problem.finetuning is not None:
-            weights = frozen_weights(problem, root)
             branches = solve_branches(
                 problem.finetuning, weights, problem.tokens, problem.activation, discretisation
             )
@@ -235,14 +235,13 @@ def _jump_mass(root: Root) -> tuple[float, float]:
 
 
 def _pretraining_prediction(
-    problem: Problem, root: Root, discretisation: Discretisation
+    problem: Problem, root: Root, weights: FrozenWeights, discretisation: Discretisation
 ) -> PretrainingPrediction:
     values = dict(zip(pre.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(pre.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     rank = 0.0
     collapsed = values["Q"] < _COLLAPSED
     status = root.status(*_jump_mass(root), discretisation.tolerance)
-    weights = frozen_weights(problem, root)
     nothing = np.zeros_like(weights.Q)
     at = OrderParameters(weights.Q, weights.M, nothing, nothing)
     law = Errors(
@@ -281,14 +280,12 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     if root.observables[order[0]] < _COLLAPSED:
         values = np.zeros((3, len(root.block_unknowns)))
     else:
-        near = root.unknowns + np.clip(root.block_unknowns - root.unknowns, -1.0, 1.0)
-        values = np.array([pre.weights_at(x, constants) for x in near]).T
+        values = np.array([pre.weights_at(x, constants) for x in root.block_unknowns]).T
     Q, M, V = values
     return FrozenWeights(Q, M, V, constants.label_variance)
 
 
-def _effective_noise(problem: Problem, root: Root) -> EffectiveNoise:
-    weights = frozen_weights(problem, root)
+def _effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:
     reused = problem.finetuning is not None and problem.finetuning.sequences == "reused"
     Q, M = weights.Q, weights.M
     with np.errstate(divide="ignore", invalid="ignore"):

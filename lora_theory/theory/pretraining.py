@@ -21,6 +21,7 @@ from lora_theory.attention import attention
 from lora_theory.problem import Problem
 from lora_theory.theory.averages import BlockValues
 from lora_theory.theory.compilation import quickly_compiled
+from lora_theory.theory.errors import effective_noise
 from lora_theory.theory.fields import field_basis, to_fields
 from lora_theory.theory.newton import inverse_trace
 from lora_theory.theory.proximal import Proximal, softmax_field_minima, softmax_field_proximal
@@ -42,6 +43,7 @@ __all__ = [
     "weight_potential",
     "weight_side",
     "weights_at",
+    "with_jacobian",
 ]
 
 #: Order of the observables in :class:`~lora_theory.theory.averages.BlockValues`.
@@ -140,6 +142,19 @@ def block_means(values: Float[Array, " 2*nodes"], blocks: int) -> Float[Array, "
     return jnp.mean(values.reshape(2, blocks, -1), axis=(0, 2))
 
 
+def with_jacobian(
+    rows: Callable[[Array], Array], unknowns: Array
+) -> tuple[Float[Array, "blocks n+K"], Float[Array, "n+K n"]]:
+    """Rows of residuals and observables by block, and the Jacobian of their mean."""
+
+    def mean_and_all(x: Array) -> tuple[Array, Array]:
+        found = rows(x)
+        return jnp.mean(found, axis=0), found
+
+    jacobian, found = jax.jacfwd(mean_and_all, has_aux=True)(unknowns)
+    return found, jacobian
+
+
 def smooth_response(prox: Proximal) -> Float[Array, " nodes"]:
     """tr(I − ∂u/∂ω), not differentiated: its mean over v is the Stein form, blind to jumps."""
     return prox.point.shape[0] - inverse_trace(jax.lax.stop_gradient(prox.hessian))
@@ -158,7 +173,7 @@ class _Output(NamedTuple):
 def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: int) -> _Output:
     """Closed for σ(A) = A/T; one block."""
     T = tokens
-    noise = constants.label_variance - 2 * M + Q  # Δ_eff
+    noise = effective_noise(Q, M, constants.label_variance)
     stiff = V + T**2 / 4
     V_hat = constants.samples * T * (T + 1) / stiff
     train = (T + 1) / T * noise * (T**2 / 4 / stiff) ** 2
@@ -221,13 +236,8 @@ def _rows(
 
 @quickly_compiled("tokens")
 def _linear_values(unknowns: Array, constants: Constants, tokens: int) -> tuple[Array, Array]:
-    def rows(unknowns: Array) -> tuple[Array, Array]:
-        output = functools.partial(_linear_output, constants=constants, tokens=tokens)
-        both = _rows(unknowns, output, constants)
-        return both[0], both
-
-    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
-    return both, jacobian
+    output = functools.partial(_linear_output, constants=constants, tokens=tokens)
+    return with_jacobian(lambda x: _rows(x, output, constants), unknowns)
 
 
 def _at(
@@ -261,16 +271,12 @@ def _softmax_values(
     labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
     found = softmax_field_minima(labels, frozen, V, known)
 
-    def rows(unknowns: Array) -> tuple[Array, Array]:
-        def output(Q: Array, M: Array, V: Array) -> _Output:
-            V = jnp.maximum(V, SMALLEST_VARIANCE)
-            return _softmax_output(Q, M, V, nodes, found.point, constants, tokens, blocks)
+    def output(Q: Array, M: Array, V: Array) -> _Output:
+        V = jnp.maximum(V, SMALLEST_VARIANCE)
+        return _softmax_output(Q, M, V, nodes, found.point, constants, tokens, blocks)
 
-        both = _rows(unknowns, output, constants)
-        return jnp.mean(both, axis=0), both
-
-    jacobian, both = jax.jacfwd(rows, has_aux=True)(unknowns)
-    return both, jacobian, jnp.stack([found.point, found.rival])
+    rows, jacobian = with_jacobian(lambda x: _rows(x, output, constants), unknowns)
+    return rows, jacobian, jnp.stack([found.point, found.rival])
 
 
 class LinearPretraining:

@@ -19,11 +19,11 @@ from scipy.optimize import root
 from lora_theory.status import Status
 from lora_theory.theory.averages import Averages, BlockValues
 
-__all__ = ["Root", "log_ratio", "refine", "solve", "standard_error", "with_jumps"]
+__all__ = ["ROUGH", "Root", "log_ratio", "refine", "solve", "standard_error", "with_jumps"]
 
 _SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
 # residual on a few nodes that is good enough to go on with all of them
-_ROUGH, _SCAN_RESIDUAL = 0.03, 1e-3
+ROUGH, _SCAN_RESIDUAL = 0.03, 1e-3
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 12, 0.2
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
@@ -35,7 +35,7 @@ class Root(NamedTuple):
     """A root, the observables there and the observables of the single blocks."""
 
     unknowns: Float[np.ndarray, " n"]
-    block_unknowns: Float[np.ndarray, "R n"]  # the roots of the single blocks
+    block_unknowns: Float[np.ndarray, "R n"]  # the roots of the single blocks, within 1
     residual: float  # largest relative residual of the mean equations
     residual_noise: float  # its standard error over the blocks
     observables: Float[np.ndarray, " K"]
@@ -104,7 +104,7 @@ def solve(
         relaxation=relaxation or _halved,
         grid=grid,
     )
-    x, values = _near(averages, basin(tolerance=max(tolerance, _ROUGH)), tolerance)
+    x, values = _near(averages, basin(tolerance=max(tolerance, ROUGH)), tolerance)
     found = _root(x, values)
     # many nodes are not worth the slow search between the jumps of single ones
     if found.residual < tolerance or (found.ends_at_jumps and len(averages.chunks) > 1):
@@ -205,7 +205,7 @@ def _scan(
         x = _newton(averages, x, averages.at(x, search=True), _SCAN_RESIDUAL, held=1)
         values = averages.at(x, search=True)
         first, *others = values.mean
-        if not np.all(np.abs(others) < _ROUGH):
+        if not np.all(np.abs(others) < ROUGH):
             continue
         if first <= 0 < before:
             yield last + before / (before - first) * (x - last)
@@ -305,7 +305,7 @@ def _root(x: Float[np.ndarray, " n"], values: BlockValues) -> Root:
     moves = np.linalg.lstsq(jacobian[: x.size], -values.residual.T, rcond=None)[0].T
     return Root(
         x,
-        x + moves,
+        x + np.clip(moves, -1.0, 1.0),
         values.size,
         float(standard_error(values.residual).max()),
         values.observables.mean(axis=0),
