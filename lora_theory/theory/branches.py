@@ -70,7 +70,14 @@ def solve_branches(
     vanished = scale + math.log(_VANISHED)
     potential, overlap, growth = map(lora.OBSERVABLES.index, ("potential", "overlap", "growth"))
 
-    def branch(held: tuple[bool, bool, bool], log_s: float, m: float, *, few: bool = False) -> Root:
+    def branch(
+        held: tuple[bool, bool, bool],
+        log_s: float,
+        m: float,
+        *,
+        few: bool = False,
+        near: Root | None = None,
+    ) -> Root:
         search = functools.partial(
             solve,
             start=np.array([log_s, m, math.log(_START_V)]),
@@ -79,7 +86,9 @@ def solve_branches(
             grid=() if held == lora.ZERO else (_SCAN + scale).tolist(),
         )
         averages = nodes.averages(held, few=few)
-        best = search(averages, tolerance=tolerance)
+        best = refine(averages, near.unknowns, tolerance=tolerance) if near else None
+        if best is None or (best.residual > tolerance and not best.ends_at_jumps):
+            best = search(averages, tolerance=tolerance)
         if best.residual > tolerance and not best.ends_at_jumps:
             best = min(best, come_from_larger_penalties(search, averages, held), key=_residual)
         jumps = best.status(*_jump_mass(best), tolerance) is Status.JUMPS
@@ -111,7 +120,7 @@ def solve_branches(
         gap = uninformed.block_observables[:, potential] - informed.observables[potential]
         above = gap.mean() > _CLEARLY * standard_error(gap) and uninformed.residual < tolerance
         if "informed" not in found or informed.residual > tolerance or not above:
-            uninformed = branch(lora.UNINFORMED, uninformed.unknowns[0], 0.0)
+            uninformed = branch(lora.UNINFORMED, uninformed.unknowns[0], 0.0, near=uninformed)
     if uninformed.unknowns[0] > vanished:
         found["uninformed"] = uninformed
     else:

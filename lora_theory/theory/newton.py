@@ -30,25 +30,26 @@ class Expansion(NamedTuple):
 Objective = Callable[..., Expansion]
 
 
-def _cholesky(matrix: Float[Array, "n n nodes"]) -> tuple[list[Array], Float[Array, " nodes"]]:
-    """Columns of L (columns[j][i − j] = L_ij for i ≥ j) and the smallest pivot."""
+def _cholesky(matrix: Float[Array, "n n nodes"], instead: float) -> list[Array]:
+    """Columns of L (columns[j][i − j] = L_ij for i ≥ j), ``instead`` for pivots that are ≤ 0."""
     columns: list[Array] = []
-    smallest = jnp.full(matrix.shape[-1], jnp.inf)
     for j in range(matrix.shape[0]):
         column = matrix[j:, j]
         for i, earlier in enumerate(columns):
             column = column - earlier[j - i :] * earlier[j - i]
-        smallest = jnp.minimum(smallest, column[0])
-        columns.append(column / jnp.sqrt(jnp.where(column[0] > 0, column[0], 1.0)))
-    return columns, smallest
+        columns.append(column / jnp.sqrt(jnp.where(column[0] > 0, column[0], instead)))
+    return columns
 
 
 def solve_positive_definite(
-    matrix: Float[Array, "n n nodes"], right: Float[Array, "n nodes"]
-) -> tuple[Float[Array, "n nodes"], Float[Array, " nodes"]]:
-    """A⁻¹b by Cholesky for every node, and the smallest pivot (≤ 0: A is not positive definite)."""
+    matrix: Float[Array, "n n nodes"], right: Float[Array, "n nodes"], *, instead: float = 1.0
+) -> Float[Array, "n nodes"]:
+    """A⁻¹b by Cholesky for every node, with ``instead`` in place of pivots that are ≤ 0.
+
+    NaN there makes the solution NaN where A is not positive definite.
+    """
     n = matrix.shape[0]
-    columns, smallest = _cholesky(matrix)
+    columns = _cholesky(matrix, instead)
     half: list[Array] = []
     for i in range(n):
         entry = right[i]
@@ -61,13 +62,13 @@ def solve_positive_definite(
         for j in range(i + 1, n):
             entry = entry - columns[i][j - i] * solution[j]
         solution[i] = entry / columns[i][0]
-    return jnp.stack(solution), smallest
+    return jnp.stack(solution)
 
 
 def inverse_trace(matrix: Float[Array, "n n nodes"]) -> Float[Array, " nodes"]:
     """tr A⁻¹ = ‖L⁻¹‖² for every node, A = LLᵀ positive definite."""
     n = matrix.shape[0]
-    columns, _ = _cholesky(matrix)
+    columns = _cholesky(matrix, 1.0)
     total = jnp.zeros(matrix.shape[-1])
     for unit in range(n):
         entries: list[Array] = []  # of column ``unit`` of L⁻¹, from the diagonal down
@@ -152,11 +153,12 @@ def _step(
 ) -> _State:
     steps, point, value, gradient, hessian, damping, done = state
     damped = hessian + damping * jnp.eye(point.shape[0])[:, :, None]
-    move, pivot = solve_positive_definite(damped, gradient)
+    move = solve_positive_definite(damped, gradient, instead=jnp.nan)
     candidate = point - move
     new = objective(candidate, *data)
     falls = new.value <= value + 1e-13 * (1.0 + jnp.abs(value))
-    accepted = (pivot > 0) & falls & jnp.isfinite(new.value) & ~done
+    # false where the value is NaN: a damped Hessian that is not positive definite
+    accepted = falls & jnp.isfinite(new.value) & ~done
     small = jnp.max(jnp.abs(move), 0) <= tolerance * (1 + jnp.max(jnp.abs(point), 0))
     converged = accepted & small & (damping <= curvature * 1e-3)
     smaller = jnp.where(damping <= 1e-2 * curvature, 0.0, damping / 6)

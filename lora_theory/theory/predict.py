@@ -26,7 +26,6 @@ from lora_theory.theory.results import (
     PretrainingPrediction,
 )
 from lora_theory.theory.roots import Root, solve, standard_error, with_jumps
-from lora_theory.theory.spectrum import learned_rank
 
 __all__ = [
     "finetune",
@@ -255,10 +254,7 @@ def _pretraining_prediction(
         values |= {"Q": 0.0, "M": 0.0, "V": 0.0, "overlap": math.nan}
         status = Status.COLLAPSED if status.is_solved else status
     else:
-        delta = math.sqrt(values["Q_hat"]) / values["M_hat"]
-        epsilon = 2 * math.sqrt(problem.pretraining.rank) * problem.pretraining.penalty
-        arguments = delta, epsilon / values["M_hat"], problem.teacher_rank
-        rank = float(learned_rank(*(jnp.asarray(value) for value in arguments)))
+        rank = pre.rank_at(root.unknowns, pre.Constants.of(problem))
     if status.is_solved and problem.pretraining.rank < rank:
         raise ProblemError(
             f"pretraining.rank = {problem.pretraining.rank:g} is not allowed: it must be at least "

@@ -26,7 +26,7 @@ from lora_theory.theory.fields import field_basis, to_fields
 from lora_theory.theory.newton import inverse_trace
 from lora_theory.theory.proximal import Proximal, softmax_field_minima, softmax_field_proximal
 from lora_theory.theory.roots import log_ratio
-from lora_theory.theory.spectrum import truncated_second_moment
+from lora_theory.theory.spectrum import learned_rank, truncated_second_moment
 
 __all__ = [
     "OBSERVABLES",
@@ -38,6 +38,7 @@ __all__ = [
     "block_means",
     "frozen_coordinates",
     "paired",
+    "rank_at",
     "relaxation",
     "smooth_response",
     "weight_potential",
@@ -83,9 +84,14 @@ def weight_potential(
     constants: Constants,
 ) -> Float[Array, ""]:
     """Ψ = (M̂²/4V̂) J(√Q̂/M̂, 2λ̃/M̂), the weight part of Φ (docs/theory.md, section 2)."""
-    delta, epsilon = jnp.sqrt(Q_hat) / M_hat, 2 * constants.scaled_penalty / M_hat
-    J = truncated_second_moment(delta, epsilon, jnp.asarray(constants.teacher_rank, dtype=float))
+    J = truncated_second_moment(*_soft_threshold(Q_hat, M_hat, constants))
     return M_hat**2 / (4 * V_hat) * J
+
+
+def _soft_threshold(Q_hat: Array, M_hat: Array, constants: Constants) -> tuple[Array, ...]:
+    """δ, ε and κ0 of the truncated second moment."""
+    delta, epsilon = jnp.sqrt(Q_hat) / M_hat, 2 * constants.scaled_penalty / M_hat
+    return delta, epsilon, jnp.asarray(constants.teacher_rank, dtype=float)
 
 
 def weight_side(
@@ -108,6 +114,17 @@ def _weights_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Ar
 def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Float[np.ndarray, " 3"]:
     """(Q, M, V) at log(Q̂, M̂, V̂)."""
     return np.asarray(_weights_at(jnp.asarray(unknowns), constants))
+
+
+@quickly_compiled()
+def _rank_at(unknowns: Array, constants: Constants) -> Array:
+    Q_hat, M_hat, _ = jnp.exp(unknowns)
+    return learned_rank(*_soft_threshold(Q_hat, M_hat, constants))
+
+
+def rank_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> float:
+    """Rank of Ŝ over D at log(Q̂, M̂, V̂)."""
+    return float(_rank_at(jnp.asarray(unknowns), constants))
 
 
 def paired(

@@ -230,7 +230,7 @@ def _at_minimum(
 def _implicit(point: Array, expansion: Expansion) -> Array:
     """The solution with the derivative of its implicit equation: a Newton step from it."""
     hessian = jax.lax.stop_gradient(expansion.hessian)
-    step = solve_positive_definite(hessian, expansion.gradient)[0]
+    step = solve_positive_definite(hessian, expansion.gradient)
     return jax.lax.stop_gradient(point) - step
 
 

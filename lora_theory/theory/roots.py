@@ -23,8 +23,10 @@ __all__ = ["ROUGH", "Root", "log_ratio", "refine", "solve", "standard_error", "w
 
 _SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
 # residual on a few nodes that is good enough to go on with all of them
-ROUGH, _SCAN_RESIDUAL = 0.03, 1e-3
+ROUGH, _SCAN_RESIDUAL = 0.03, 1e-2
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 12, 0.2
+# of the damped steps, those whose minima are searched for; the others follow them
+_SEARCH_EVERY = 4
 _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP, _JUMP_STEP = 0.02, 0.05
@@ -109,6 +111,10 @@ def solve(
     # many nodes are not worth the slow search between the jumps of single ones
     if found.residual < tolerance or (found.ends_at_jumps and len(averages.chunks) > 1):
         return found
+    if found.ends_at_jumps:
+        found = _root(*_polish(averages, x, tolerance, _BLOCK_EVALUATIONS))
+        if found.residual < tolerance:
+            return found
     slower = _root(*_polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS))
     return min(found, slower, key=lambda root: root.residual)
 
@@ -202,7 +208,7 @@ def _scan(
     last, before = x, math.nan
     for value in grid:
         x = np.concatenate([[value], last[1:]])
-        x = _newton(averages, x, averages.at(x, search=True), _SCAN_RESIDUAL, held=1)
+        x = _newton(averages, x, averages.at(x, search=False), _SCAN_RESIDUAL, held=1)
         values = averages.at(x, search=True)
         first, *others = values.mean
         if not np.all(np.abs(others) < ROUGH):
@@ -222,12 +228,10 @@ def _basin(
 ) -> Float[np.ndarray, " n"]:
     """Damped iteration until Newton's method succeeds from where it has come."""
 
-    def residual_at(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return averages.at(x, search=True).mean
-
-    for _ in range(4):
+    for count in range(4):
         step = np.zeros_like(x)
-        step[-1] = np.nan_to_num(relaxation(residual_at(x)))[-1]
+        residual = averages.at(x, search=count % _SEARCH_EVERY == 0).mean
+        step[-1] = np.nan_to_num(relaxation(residual))[-1]
         x = x + step
     start, best, least = x, x, np.inf
 
@@ -241,11 +245,14 @@ def _basin(
         return least < tolerance
 
     for _ in range(_BASIN_ROUNDS):
-        for _ in range(_BASIN_STEPS):
-            residual = residual_at(x)
+        tried = x
+        for count in range(_BASIN_STEPS):
+            residual = averages.at(x, search=count % _SEARCH_EVERY == 0).mean
             if np.max(np.abs(residual)) < _BASIN_RESIDUAL:
                 break
             x = x + np.nan_to_num(relaxation(residual))
+        if x is tried and least < np.inf:
+            break
         if succeeds(x, polish=False):
             return best
     if not any(succeeds(point, polish=False) for point in _scan(averages, start, grid)):

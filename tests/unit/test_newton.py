@@ -27,19 +27,17 @@ def nodes_last(array: np.ndarray) -> jax.Array:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 14])
-def test_linear_systems_and_pivots(size):
+def test_linear_systems(size):
     matrix = positive_definite(size)
     right = np.random.default_rng(size + 100).standard_normal((40, size))
     indefinite = matrix - 1.01 * np.linalg.eigvalsh(matrix)[:, :1, None] * np.eye(size)
     with jax.enable_x64(True):
-        solver = quickly_compiled()(solve_positive_definite)
-        solution, pivot = solver(nodes_last(matrix), nodes_last(right))
-        negative = solver(nodes_last(indefinite), nodes_last(right))[1]
+        solver = quickly_compiled()(partial(solve_positive_definite, instead=np.nan))
+        solution = solver(nodes_last(matrix), nodes_last(right))
+        none = solver(nodes_last(indefinite), nodes_last(right))
     expected = np.linalg.solve(matrix, right[..., None])[..., 0]
     np.testing.assert_allclose(np.moveaxis(np.asarray(solution), -1, 0), expected, rtol=1e-8)
-    squares = np.diagonal(np.linalg.cholesky(matrix), axis1=1, axis2=2) ** 2
-    np.testing.assert_allclose(pivot, squares.min(axis=1), rtol=1e-8)
-    assert np.all(np.asarray(negative) <= 0)
+    assert np.all(np.isnan(none[0])), "not positive definite"
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
