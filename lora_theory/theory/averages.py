@@ -19,6 +19,8 @@ from jaxtyping import Float
 __all__ = ["Averages", "BlockValues", "Equations", "in_parallel"]
 
 _THREADS = 2
+# multiples of this share of the nodes come close to every node before any comes twice
+_GOLDEN = (5**0.5 - 1) / 2
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -77,8 +79,11 @@ class Equations(Protocol):
     def begin(self, unknowns: Float[np.ndarray, " n"], chunk: Any) -> Any:
         """Likely starts for the minima of the proximal operators."""
 
-    def search(self, unknowns: Float[np.ndarray, " n"], chunk: Any, known: Any) -> Any:
-        """Minima from all starts and the ``known`` ones."""
+    def search(self, unknowns: Float[np.ndarray, " n"], chunk: Any, known: Any, away: float) -> Any:
+        """Minima from all starts, the ``known`` ones and those of the nodes ``away``.
+
+        ``away`` is a share of the nodes of the chunk, 0 for the node itself.
+        """
 
     def values(
         self, unknowns: Float[np.ndarray, " n"], chunk: Any, minima: Any
@@ -95,23 +100,29 @@ class Averages:
     def __init__(self, equations: Equations, chunks: Sequence[Any], blocks: int) -> None:
         self.equations, self.chunks, self.blocks = equations, list(chunks), blocks
         self._minima: list[Any] = [None] * len(self.chunks)
+        self._elsewhere = 0
 
     def first(self, chunks: int) -> Averages:
         """The same on the first ``chunks`` alone, taken as one block."""
         return Averages(self.equations, self.chunks[:chunks], 1)
 
-    def at(self, unknowns: Float[np.ndarray, " n"], *, search: bool) -> BlockValues:
+    def at(
+        self, unknowns: Float[np.ndarray, " n"], *, search: bool, elsewhere: bool = False
+    ) -> BlockValues:
         """Values at ``unknowns``; minima are searched for anew, or followed from the last ones.
 
-        Without a search the minima may be no global ones.
+        Without a search the minima may be no global ones.  A search ``elsewhere`` also starts at
+        the minima of other nodes, each time of different ones.
         """
+        self._elsewhere += elsewhere
+        away = _GOLDEN * self._elsewhere % 1.0 if elsewhere else 0.0
 
         def one(index: int) -> BlockValues:
             chunk, minima = self.chunks[index], self._minima[index]
             if minima is None:
                 minima = self.equations.begin(unknowns, chunk)
             if search:
-                minima = self.equations.search(unknowns, chunk, minima)
+                minima = self.equations.search(unknowns, chunk, minima, away)
             values, self._minima[index] = self.equations.values(unknowns, chunk, minima)
             return values
 

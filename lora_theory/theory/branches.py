@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +18,15 @@ from lora_theory.theory.averages import Averages
 from lora_theory.theory.errors import Errors, OrderParameters, effective_noise
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import FinetuningPrediction
-from lora_theory.theory.roots import ROUGH, Root, refine, solve, standard_error, with_jumps
+from lora_theory.theory.roots import (
+    ROUGH,
+    Root,
+    first_good,
+    refine,
+    solve,
+    standard_error,
+    with_jumps,
+)
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
@@ -86,11 +94,15 @@ def solve_branches(
             grid=() if held == lora.ZERO else (_SCAN + scale).tolist(),
         )
         averages = nodes.averages(held, few=few)
-        best = refine(averages, near.unknowns, tolerance=tolerance) if near else None
-        if best is None or (best.residual > tolerance and not best.ends_at_jumps):
-            best = search(averages, tolerance=tolerance)
-        if best.residual > tolerance and not best.ends_at_jumps:
-            best = min(best, come_from_larger_penalties(search, averages, held), key=_residual)
+
+        def roots() -> Iterator[Root]:
+            if near is not None:
+                yield refine(averages, near.unknowns, tolerance=tolerance)
+            yield search(averages, tolerance=tolerance, thorough=False)
+            yield come_from_larger_penalties(search, averages, held)
+            yield search(averages, tolerance=tolerance)
+
+        best = first_good(roots(), tolerance)
         jumps = best.status(*_jump_mass(best), tolerance) is Status.JUMPS
         return with_jumps(averages, best) if jumps else best
 
@@ -102,7 +114,7 @@ def solve_branches(
         for factor in _EASIER:
             rough = nodes.averages(held, penalty=factor * stage.penalty).first(nodes.coarse)
             if last is None:
-                last = search(rough, tolerance=ROUGH)
+                last = search(rough, tolerance=ROUGH, thorough=False)
             else:
                 last = refine(rough, last.unknowns, tolerance=ROUGH)
             last = last if last.residual < ROUGH else None
@@ -118,7 +130,8 @@ def solve_branches(
     uninformed = branch(lora.UNINFORMED, scale + math.log(0.5), 0.0, few=True)
     if nodes.has_few:
         gap = uninformed.block_observables[:, potential] - informed.observables[potential]
-        above = gap.mean() > _CLEARLY * standard_error(gap) and uninformed.residual < tolerance
+        above = gap.mean() > _CLEARLY * standard_error(gap)
+        above = above and (uninformed.residual < tolerance or uninformed.ends_at_jumps)
         if "informed" not in found or informed.residual > tolerance or not above:
             uninformed = branch(lora.UNINFORMED, uninformed.unknowns[0], 0.0, near=uninformed)
     if uninformed.unknowns[0] > vanished:
@@ -227,10 +240,6 @@ class _TestErrors:
         center = OrderParameters.same(self._Q.mean(), self._M.mean(), q, m, len(blocks_q))
         value = self._errors.at(center, self._signal).mean()
         return float(value), float(standard_error(self._errors.at(at, self._signal)))
-
-
-def _residual(root: Root) -> float:
-    return root.residual
 
 
 def _jump_mass(root: Root) -> tuple[float, float]:

@@ -36,6 +36,7 @@ from lora_theory.theory.proximal import (
     softmax_lora_minima,
     softmax_lora_proximal,
     softmax_lora_starts,
+    with_others,
 )
 from lora_theory.theory.roots import log_ratio
 
@@ -63,7 +64,7 @@ OBSERVABLES = (
 )  # fmt: skip
 
 # starts of the descents of the proximal operator that are tried, the most promising first
-_STARTS = 5
+_STARTS = 4
 #: log s that stands for s = 0 on the branch w = 0, where only the limit ω = sζ → 0 matters.
 ZERO_SPREAD = float(np.log(1e-5))
 INFORMED, UNINFORMED, ZERO = (False, False, False), (False, True, False), (True, True, False)
@@ -315,9 +316,9 @@ def _begin(unknowns: Array, fields: SoftmaxFields, task: Task) -> Array:
 
 
 @quickly_compiled()
-def _search(unknowns: Array, fields: SoftmaxFields, task: Task, known: Array) -> Array:
+def _search(unknowns: Array, fields: SoftmaxFields, task: Task, known: Array, away: Array) -> Array:
     arguments = _arguments(unknowns, fields, task)
-    starts = jnp.concatenate([_starts(arguments, fields, _STARTS), known])
+    starts = jnp.concatenate([_starts(arguments, fields, _STARTS), with_others(known, away)])
     found = softmax_lora_minima(*arguments, starts)
     return jnp.stack([found.point, found.rival])
 
@@ -357,7 +358,9 @@ class LinearFinetuning:
     def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields) -> None:
         """Nothing to start from."""
 
-    def search(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, known: None) -> None:
+    def search(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, known: None, away: float
+    ) -> None:
         """Nothing to search for: the global minimum is the root of one equation."""
 
     def values(
@@ -380,10 +383,10 @@ class SoftmaxFinetuning:
         return starts
 
     def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array
+        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array, away: float
     ) -> Array:
         """The lowest minimum of prox and its rival, (2, T, nodes)."""
-        found: Array = _search(unknowns, chunk, self._task, known)
+        found: Array = _search(unknowns, chunk, self._task, known, away)
         return found
 
     def values(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.status import Status
@@ -25,7 +24,7 @@ from lora_theory.theory.results import (
     Prediction,
     PretrainingPrediction,
 )
-from lora_theory.theory.roots import Root, solve, standard_error, with_jumps
+from lora_theory.theory.roots import Root, first_good, solve, standard_error, with_jumps
 
 __all__ = [
     "finetune",
@@ -208,22 +207,27 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
     """The root of stage one; ``problem`` without fine-tuning."""
     averages, coarse = pretraining_averages(problem, discretisation)
 
-    def solve_from(start: Float[np.ndarray, " 3"]) -> Root:
-        return solve(
-            averages,
-            start,
-            coarse=coarse,
-            tolerance=discretisation.tolerance,
-            relaxation=pre.relaxation,
-        )
+    solve_from = functools.partial(
+        solve,
+        averages,
+        coarse=coarse,
+        tolerance=discretisation.tolerance,
+        relaxation=pre.relaxation,
+    )
 
     alpha, penalty = problem.pretraining.samples, problem.pretraining.penalty
-    root = solve_from(np.log([0.3 * alpha, alpha, alpha]))
-    if root.residual > discretisation.tolerance and penalty <= _EASY_PENALTY:
-        # V grows without bound as λ → 0 below interpolation: come from a larger penalty
-        easier = problem.replace({"pretraining.penalty": 3 * penalty})
-        again = solve_from(solve_pretraining(easier, discretisation).unknowns)
-        root = min(root, again, key=lambda root: root.residual)
+    start = np.log([0.3 * alpha, alpha, alpha])
+
+    def roots() -> Iterator[Root]:
+        yield solve_from(start, thorough=False)
+        if penalty <= _EASY_PENALTY:
+            # V grows without bound as λ → 0 below interpolation: come from a larger penalty
+            easier = problem.replace({"pretraining.penalty": 3 * penalty})
+            near = solve_pretraining(easier, discretisation).unknowns
+            yield solve_from(near, thorough=False)
+        yield solve_from(start)
+
+    root = first_good(roots(), discretisation.tolerance)
     jumps = root.status(*_jump_mass(root), discretisation.tolerance) is Status.JUMPS
     return with_jumps(averages, root) if jumps else root
 

@@ -24,7 +24,12 @@ from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.errors import effective_noise
 from lora_theory.theory.fields import field_basis, to_fields
 from lora_theory.theory.newton import inverse_trace
-from lora_theory.theory.proximal import Proximal, softmax_field_minima, softmax_field_proximal
+from lora_theory.theory.proximal import (
+    Proximal,
+    softmax_field_minima,
+    softmax_field_proximal,
+    with_others,
+)
 from lora_theory.theory.roots import log_ratio
 from lora_theory.theory.spectrum import learned_rank, truncated_second_moment
 
@@ -274,10 +279,11 @@ def _begin(unknowns: Array, nodes: Labels, constants: Constants, tokens: int) ->
 
 @quickly_compiled("tokens")
 def _search(
-    unknowns: Array, nodes: Labels, constants: Constants, known: Array, tokens: int
+    unknowns: Array, nodes: Labels, constants: Constants, known: Array, away: Array, tokens: int
 ) -> Array:
     labels, frozen, V, starts = _at(unknowns, nodes, constants, tokens)
-    found = softmax_field_minima(labels, frozen, V, jnp.concatenate([starts, known]))
+    starts = jnp.concatenate([starts, with_others(known, away)])
+    found = softmax_field_minima(labels, frozen, V, starts)
     return jnp.stack([found.point, found.rival])
 
 
@@ -305,7 +311,9 @@ class LinearPretraining:
     def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: None) -> None:
         """Nothing to start from."""
 
-    def search(self, unknowns: Float[np.ndarray, " 3"], chunk: None, known: None) -> None:
+    def search(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: None, known: None, away: float
+    ) -> None:
         """Nothing to search for."""
 
     def values(
@@ -326,9 +334,11 @@ class SoftmaxPretraining:
         starts: Array = _begin(unknowns, chunk, self._constants, self._tokens)
         return starts
 
-    def search(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array) -> Array:
+    def search(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array, away: float
+    ) -> Array:
         """The lowest minimum of Prox_V and its rival, (2, n, nodes)."""
-        found: Array = _search(unknowns, chunk, self._constants, known, self._tokens)
+        found: Array = _search(unknowns, chunk, self._constants, known, away, self._tokens)
         return found
 
     def values(

@@ -35,6 +35,7 @@ __all__ = [
     "softmax_lora_minima",
     "softmax_lora_proximal",
     "softmax_lora_starts",
+    "with_others",
 ]
 
 _TOLERANCE, _MAX_STEPS = 1e-6, 200
@@ -282,3 +283,9 @@ def linear_lora_proximal(
     loss = 0.25 * steep * (jnp.sum(levels**2 - 2 * levels * point**2, 0) + squared**2)
     force = steep * (levels - squared) * point
     return Proximal(point, force, loss, variance * hessian)
+
+
+def with_others(minima: Float[Array, "count n nodes"], away: Array) -> Float[Array, "more n nodes"]:
+    """The minima and, as a further start, the first one of the node ``away``, a share of them."""
+    shift = (away * minima.shape[-1]).astype(int)
+    return jnp.concatenate([minima, jnp.roll(minima[:1], shift, axis=-1)])

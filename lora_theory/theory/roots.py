@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,9 @@ from scipy.optimize import root
 from lora_theory.status import Status
 from lora_theory.theory.averages import Averages, BlockValues
 
-__all__ = ["ROUGH", "Root", "log_ratio", "refine", "solve", "standard_error", "with_jumps"]
+__all__ = [
+    "ROUGH", "Root", "first_good", "log_ratio", "refine", "solve", "standard_error", "with_jumps",
+]  # fmt: skip
 
 _SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
 # residual on a few nodes that is good enough to go on with all of them
@@ -83,8 +85,9 @@ def solve(
     coarse: int = 1,
     relaxation: Relaxation | None = None,
     grid: Sequence[float] = (),
+    thorough: bool = True,
 ) -> Root:
-    """Damped steps into the basin and Levenberg–Marquardt on a few nodes, Newton on all.
+    """Damped steps into the basin on a few nodes, Newton's method on all.
 
     Args:
         averages: the equations; their residuals are linear in the node averages.
@@ -95,6 +98,7 @@ def solve(
             last unknown relaxes first.
         grid: ascending values of the first unknown, among which the first equation is looked for
             to change sign where the damped iteration fails.
+        thorough: whether that and Levenberg–Marquardt are tried, which may take ten times longer.
 
     Returns:
         The root with the smallest residual met; the caller judges that residual.
@@ -105,18 +109,27 @@ def solve(
         np.array(start, dtype=np.float64),
         relaxation=relaxation or _halved,
         grid=grid,
+        thorough=thorough,
     )
     x, values = _near(averages, basin(tolerance=max(tolerance, ROUGH)), tolerance)
     found = _root(x, values)
-    # many nodes are not worth the slow search between the jumps of single ones
-    if found.residual < tolerance or (found.ends_at_jumps and len(averages.chunks) > 1):
+    # where the jumps of single nodes end the way, a slow search between them is not worth it
+    if found.residual < tolerance or found.ends_at_jumps or not thorough:
         return found
-    if found.ends_at_jumps:
-        found = _root(*_polish(averages, x, tolerance, _BLOCK_EVALUATIONS))
-        if found.residual < tolerance:
-            return found
     slower = _root(*_polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS))
     return min(found, slower, key=lambda root: root.residual)
+
+
+def first_good(roots: Iterable[Root], tolerance: float) -> Root:
+    """The first root below ``tolerance`` or that ends at jumps; if none does, the best."""
+    best: Root | None = None
+    for found in roots:
+        if best is None or found.residual < best.residual:
+            best = found
+        if found.residual < tolerance or found.ends_at_jumps:
+            break
+    assert best is not None
+    return best
 
 
 def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) -> Root:
@@ -130,13 +143,18 @@ def with_jumps(averages: Averages, root: Root) -> Root:
     By differences wide enough to average over the jumps of many nodes: on nodes the derivative does
     not see them, and near the end of a branch they make it much more sensitive.
     """
-    x, columns = root.unknowns, []
-    for step in np.eye(x.size) * _JUMP_STEP:
-        ends = [averages.at(x + sign * step, search=True) for sign in (1, -1)]
+    x = root.unknowns
+    values = averages.at(x, search=True, elsewhere=True)
+    jacobian = values.jacobian.copy()
+    for index, direction in enumerate(np.eye(x.size)):
+        if np.array_equal(jacobian[index], -direction):
+            continue  # an unknown that is held
+        ends = [
+            averages.at(x + step * direction, search=True) for step in (_JUMP_STEP, -_JUMP_STEP)
+        ]
         up, down = (np.append(end.mean, end.observables.mean(axis=0)) for end in ends)
-        columns.append((up - down) / (2 * _JUMP_STEP))
-    values = averages.at(x, search=True)
-    found = _root(x, values._replace(jacobian=np.stack(columns, axis=1)))
+        jacobian[:, index] = (up - down) / (2 * _JUMP_STEP)
+    found = _root(x, values._replace(jacobian=jacobian))
     return found._replace(jumps=True)
 
 
@@ -149,12 +167,12 @@ def _near(
     has converged, until nothing changes.
     """
     x = _newton(averages, x, averages.at(x, search=False), tolerance)
-    best, values = x, averages.at(x, search=True)
+    best, values = x, averages.at(x, search=True, elsewhere=True)
     for _ in range(_SEARCHES):
         if values.size < tolerance:
             break
         x = _newton(averages, best, values, tolerance)
-        searched = averages.at(x, search=True)
+        searched = averages.at(x, search=True, elsewhere=True)
         progress = searched.size < 0.5 * values.size
         if searched.size < values.size:
             best, values = x, searched
@@ -225,6 +243,7 @@ def _basin(
     tolerance: float,
     relaxation: Relaxation,
     grid: Sequence[float],
+    thorough: bool,
 ) -> Float[np.ndarray, " n"]:
     """Damped iteration until Newton's method succeeds from where it has come."""
 
@@ -255,7 +274,8 @@ def _basin(
             break
         if succeeds(x, polish=False):
             return best
-    if not any(succeeds(point, polish=False) for point in _scan(averages, start, grid)):
+    scanned = _scan(averages, start, grid) if thorough else ()
+    if thorough and not any(succeeds(point, polish=False) for point in scanned):
         succeeds(best, polish=True)
     return best
 

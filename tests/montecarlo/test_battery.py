@@ -1,10 +1,8 @@
 """The battery of random problems: its stored table, and a sample solved and checked again."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
+import battery
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,18 +10,6 @@ import pytest
 from lora_theory import predict
 from lora_theory.theory.roots import standard_error
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-battery = _load("battery", ROOT / "experiments" / "battery.py")
 TABLE = pd.read_csv(battery.REFERENCE / "battery.csv.gz")
 
 

@@ -5,30 +5,15 @@ D; ``agreements`` extrapolates them to D → ∞ (docs/theory.md, section 7).
 """
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import validation
+from mutants import mutant
 
 from lora_theory import predict, simulate
 from lora_theory.compare import agreements
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-validation = _load("validation", ROOT / "experiments" / "validation.py")
-mutant = _load("mutants", ROOT / "tests" / "mutants.py").mutant
 
 RUNS = pd.read_csv(validation.RUNS)
 

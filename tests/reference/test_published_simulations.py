@@ -4,28 +4,13 @@ The published rows and our runs at the same α are in this folder (README.md); w
 by is combined in experiments/published_runs.py.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
+import published_runs
 import pytest
 
 from lora_theory import predict, simulate
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-published_runs = _load("published_runs")
 RUNS = pd.read_csv(published_runs.RUNS)
 TABLES = {name: published_runs.comparison(RUNS, name) for name in ("test_error", "objective")}
 #: {T: positions among the α}: small, falling, on the shoulder, large; and nodes of the theory.

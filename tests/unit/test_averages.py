@@ -28,7 +28,7 @@ class Remembering:
     def begin(self, unknowns, chunk):
         return ["begin"]
 
-    def search(self, unknowns, chunk, known):
+    def search(self, unknowns, chunk, known, away):
         return [*known, "search"]
 
     def values(self, unknowns, chunk, minima):

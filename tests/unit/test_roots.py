@@ -25,7 +25,7 @@ class Explicit:
     def begin(self, unknowns, chunk):
         pass
 
-    def search(self, unknowns, chunk, known):
+    def search(self, unknowns, chunk, known, away):
         pass
 
     def values(self, unknowns, chunk, minima):
