@@ -60,6 +60,7 @@ OBSERVABLES = (
 
 # floors that keep the equations finite where the weights vanish: S² and V
 _SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
+_EPSILON = float(np.finfo(float).eps)
 
 
 class Constants(NamedTuple):
@@ -190,6 +191,7 @@ class _Output(NamedTuple):
     V_hat: Array
     train_error: Array
     stein: Array  # the Stein form of V̂
+    rounding: Array  # a difference of Q̂ this small is none
 
 
 def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: int) -> _Output:
@@ -199,7 +201,10 @@ def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: i
     stiff = V + T**2 / 4
     V_hat = constants.samples * T * (T + 1) / stiff
     train = (T + 1) / T * noise * (T**2 / 4 / stiff) ** 2
-    return _Output(*(a[None] for a in (V_hat * noise / stiff, V_hat, V_hat, train, V_hat)))
+    # without label noise Q0 − 2M + Q may cancel to what rounding leaves of Q0
+    rounding = 4 * _EPSILON * V_hat * constants.label_variance / stiff
+    parts = V_hat * noise / stiff, V_hat, V_hat, train, V_hat, rounding
+    return _Output(*(part[None] for part in parts))
 
 
 def _softmax_output(
@@ -222,7 +227,8 @@ def _softmax_output(
     signal = 2 * alpha * block_means(jnp.sum(G * label, 0), blocks)
     M_hat = (signal + M * V_hat) / constants.label_variance
     stein = 2 * alpha / V * block_means(smooth_response(prox), blocks)
-    return _Output(Q_hat, M_hat, V_hat, block_means(prox.loss, blocks), stein)
+    train = block_means(prox.loss, blocks)
+    return _Output(Q_hat, M_hat, V_hat, train, stein, jnp.zeros_like(Q_hat))
 
 
 def _softmax_fields(
@@ -250,7 +256,10 @@ def _rows(
         - weight_potential(Q_hat, M_hat, V_hat, constants)
     )
     overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
-    rows = [new.Q_hat / Q_hat - 1, new.M_hat / M_hat - 1, new.V_hat / V_hat - 1]
+    off = new.Q_hat - Q_hat
+    rounding = jnp.where(jnp.abs(off) < new.rounding, off, 0.0)
+    rows = [(off - jax.lax.stop_gradient(rounding)) / Q_hat]
+    rows += [new.M_hat / M_hat - 1, new.V_hat / V_hat - 1]
     rows += [Q, M, V, Q_hat, M_hat, V_hat, potential, new.train_error, overlap]
     rows += [(new.V_hat - new.stein) / V_hat]
     return jnp.stack([jnp.broadcast_to(row, new.Q_hat.shape) for row in rows], axis=1)

@@ -258,12 +258,16 @@ def test_noise_to_zero_is_a_limit(solution, activation):
 
 
 def test_without_noise_the_error_vanishes_with_the_penalty(solution):
+    """Down to where Q0 − 2M + Q, a difference of numbers of order one, is rounding."""
+    penalties = 0.1 * 0.6 ** np.arange(20)
     errors = [
         solution(
             {"pretraining.samples": 1.0, "pretraining.penalty": penalty},
             label_noise=0.0,
             finetuning=None,
         ).pretraining.test_error
-        for penalty in (0.1, 0.03)
+        for penalty in penalties
     ]
-    assert errors[0] / errors[1] == pytest.approx((0.1 / 0.03) ** 2, rel=0.1)
+    ratios = np.divide(errors[:-1], errors[1:])
+    assert ratios[:3] == pytest.approx(0.6**-2, rel=0.1)
+    assert ratios[3:] == pytest.approx(0.6**-2, rel=0.01)

@@ -165,6 +165,44 @@ def test_minima_are_remembered_between_evaluations():
     assert averages.first(1)._minima == [None], "others of their own"
 
 
+def test_searches_elsewhere_start_at_other_nodes_in_turn():
+    turns = []
+
+    class Noting(Remembering):
+        def search(self, unknowns, chunk, known, away):
+            turns.append(away)
+            return known
+
+    averages = Averages(Noting(BLOCKS), [whole_nodes(2)], BLOCKS)
+    for elsewhere in (False, True, True, False, True):
+        averages.at(np.array([0.7, 0.2]), search=True, elsewhere=elsewhere)
+    own, *others = turns[0], turns[1], turns[2], turns[4]
+    assert own == turns[3] == 0
+    assert len(set(others)) == 3
+    assert all(0 < away < 1 for away in others)
+
+
+@pytest.mark.slow
+def test_minima_of_other_nodes_lead_to_lower_ones():
+    """A long w and a soft proximal operator: its own starts miss minima of many nodes."""
+    moreau = lora.OBSERVABLES.index("potential")  # plus what the minima do not change
+    point = np.log([5.0, 1.0, 3.0]) * [1, 0, 1]
+    parts = np.split(whole_nodes(lora.node_dimension(2, "softmax")), 2, axis=1)
+    nothing = np.zeros(parts[0].shape[1])
+    with jax.enable_x64(True):
+        fields = [
+            lora.softmax_fields(part, *[nothing] * 3, TASK, tokens=2, reused=False)
+            for part in parts
+        ]
+        averages = Averages(lora.SoftmaxFinetuning(TASK, lora.UNINFORMED, blocks=1), fields, 2)
+        values = [averages.at(point, search=True)]
+        values += [averages.at(point, search=True, elsewhere=True) for _ in range(24)]
+    potentials = np.stack([value.observables[:, moreau] for value in values])
+    assert np.all(np.diff(potentials, axis=0) < 1e-10)
+    assert np.all(potentials[0] - potentials[12] > 1e-3)
+    assert np.all(potentials[12] - potentials[24] < 0.5 * (potentials[0] - potentials[12]))
+
+
 def test_the_first_chunks_are_one_block():
     point = np.array([0.7, 0.2])
     averages = remembering(BLOCKS, 1)

@@ -9,7 +9,7 @@ from scipy.stats import binom, t
 
 from lora_theory.theory.averages import Averages, BlockValues
 from lora_theory.theory.nodes import gaussian_blocks
-from lora_theory.theory.roots import Root, solve, with_jumps
+from lora_theory.theory.roots import Root, first_good, solve, with_jumps
 
 BLOCKS = 8
 #: x0 = .32 + p, x1 = √(2 x0); observables x0 + x1 E g² and x1 E exp(g/2), at p = 0.
@@ -137,6 +137,21 @@ def test_a_discontinuous_equation_ends_below_its_noise():
     assert 0 <= root.residual <= 1.5 / nodes.size
     assert root.residual < root.residual_noise
     assert abs(root.unknowns[0] - ndtri(0.7)) < 5 * root.quadrature_error[0] + 1 / 128
+
+
+@pytest.mark.parametrize(("residuals", "taken", "tried"), [
+    ([1e-12, 1e-13], 1e-12, 1), ([0.3, 1e-12, 0.1], 1e-12, 2), ([0.3, 0.2, 0.5], 0.2, 3),
+])  # fmt: skip
+def test_ways_to_a_root_are_tried_until_one_is_good(residuals, taken, tried):
+    asked = []
+
+    def ways():
+        for residual in residuals:
+            asked.append(residual)
+            yield Root(np.zeros(1), np.zeros((1, 1)), residual, 0.0, np.ones(1), np.ones((1, 1)))
+
+    assert first_good(ways(), 1e-10).residual == taken
+    assert len(asked) == tried
 
 
 def test_an_equation_without_root_says_so():
