@@ -85,6 +85,7 @@ def solve_branches(
         *,
         few: bool = False,
         near: Root | None = None,
+        merged: Root | None = None,
     ) -> Root:
         search = functools.partial(
             solve,
@@ -101,6 +102,8 @@ def solve_branches(
             yield search(averages, tolerance=tolerance, thorough=False)
             yield come_from_larger_penalties(search, averages, held)
             yield search(averages, tolerance=tolerance)
+            if merged is not None:
+                yield refine(averages, merged.unknowns, tolerance=tolerance)
 
         best = first_good(roots(), tolerance)
         jumps = best.status(*_jump_mass(best), tolerance) is Status.JUMPS
@@ -126,14 +129,17 @@ def solve_branches(
     learned = abs(informed.unknowns[1]) > _VANISHED or informed.unknowns[0] > vanished
     if learned and informed.observables[overlap] > _MERGED_OVERLAP:
         found["informed"] = informed
+    uninformed_branch = functools.partial(
+        branch, lora.UNINFORMED, m=0.0, merged=None if found else informed
+    )
     # few nodes show whether the uninformed branch lies clearly above the informed one
-    uninformed = branch(lora.UNINFORMED, scale + math.log(0.5), 0.0, few=True)
+    uninformed = uninformed_branch(scale + math.log(0.5), few=True)
     if nodes.has_few:
         gap = uninformed.block_observables[:, potential] - informed.observables[potential]
         above = gap.mean() > _CLEARLY * standard_error(gap)
         above = above and (uninformed.residual < tolerance or uninformed.ends_at_jumps)
         if "informed" not in found or informed.residual > tolerance or not above:
-            uninformed = branch(lora.UNINFORMED, uninformed.unknowns[0], 0.0, near=uninformed)
+            uninformed = uninformed_branch(uninformed.unknowns[0], near=uninformed)
     if uninformed.unknowns[0] > vanished:
         found["uninformed"] = uninformed
     else:
