@@ -7,6 +7,7 @@ that is computed at once: large enough to hide the cost of a call, small enough 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from jaxtyping import Float
 
 __all__ = ["Averages", "BlockValues", "Equations", "in_parallel"]
 
-_THREADS = 2
+# NPROC bounds the threads of XLA, and these
+_THREADS = min(2, int(os.environ.get("NPROC") or 0) or 2)
 # multiples of this share of the nodes come close to every node before any comes twice
 _GOLDEN = (5**0.5 - 1) / 2
 _In = TypeVar("_In")

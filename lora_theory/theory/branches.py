@@ -79,7 +79,7 @@ def solve_branches(
     potential, overlap, growth = map(lora.OBSERVABLES.index, ("potential", "overlap", "growth"))
 
     def branch(
-        held: tuple[bool, bool, bool],
+        held: tuple[bool, bool],
         log_s: float,
         m: float,
         *,
@@ -100,8 +100,14 @@ def solve_branches(
             if near is not None:
                 yield refine(averages, near.unknowns, tolerance=tolerance)
             yield search(averages, tolerance=tolerance, thorough=False)
-            yield come_from_larger_penalties(search, averages, held)
+            eased = come_from_larger_penalties(search, averages, held)
+            # where LoRA does not learn at larger penalties, this has followed the wrong branch
+            lost = held == lora.INFORMED and eased.observables[overlap] < _MERGED_OVERLAP
+            if not lost:
+                yield eased
             yield search(averages, tolerance=tolerance)
+            if lost:
+                yield eased
             if merged is not None:
                 yield refine(averages, merged.unknowns, tolerance=tolerance)
 
@@ -110,7 +116,7 @@ def solve_branches(
         return with_jumps(averages, best) if jumps else best
 
     def come_from_larger_penalties(
-        search: Callable[..., Root], averages: Averages, held: tuple[bool, bool, bool]
+        search: Callable[..., Root], averages: Averages, held: tuple[bool, bool]
     ) -> Root:
         # v grows without bound as λ' → 0 below interpolation
         last: Root | None = None
@@ -136,8 +142,7 @@ def solve_branches(
     uninformed = uninformed_branch(scale + math.log(0.5), few=True)
     if nodes.has_few:
         gap = uninformed.block_observables[:, potential] - informed.observables[potential]
-        above = gap.mean() > _CLEARLY * standard_error(gap)
-        above = above and (uninformed.residual < tolerance or uninformed.ends_at_jumps)
+        above = uninformed.is_good(tolerance) and gap.mean() > _CLEARLY * standard_error(gap)
         if "informed" not in found or informed.residual > tolerance or not above:
             uninformed = uninformed_branch(uninformed.unknowns[0], near=uninformed)
     if uninformed.unknowns[0] > vanished:
@@ -192,7 +197,7 @@ class FinetuningNodes:
 
     def averages(
         self,
-        held: tuple[bool, bool, bool],
+        held: tuple[bool, bool],
         *,
         few: bool = False,
         penalty: float | None = None,

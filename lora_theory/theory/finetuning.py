@@ -63,11 +63,11 @@ OBSERVABLES = (
     "potential", "overlap", "train_error", "jumps", "response", "growth",
 )  # fmt: skip
 
-# starts of the descents of the proximal operator that are tried, the most promising first
+# starts of the descents of the proximal operator: ω and the most promising of ±χ* and ±χ̂
 _STARTS = 4
 #: log s that stands for s = 0 on the branch w = 0, where only the limit ω = sζ → 0 matters.
 ZERO_SPREAD = float(np.log(1e-5))
-INFORMED, UNINFORMED, ZERO = (False, False, False), (False, True, False), (True, True, False)
+INFORMED, UNINFORMED, ZERO = (False, False), (False, True), (True, True)
 
 
 class Task(NamedTuple):
@@ -274,9 +274,8 @@ def _rows(x: Array, output: Callable[[_Point], _Output], task: Task, held: Array
     m_hat = alpha / q0 * out.force_signal + m / q0 * response
     R = 2 * task.penalty + v_hat
     growth = q_hat * v**2 / s**2 - 1
-    free = [growth, m_hat * v - m / q0, 1 - v * R]
-    fixed = [ZERO_SPREAD - x[0], -x[1], jnp.zeros(())]
-    rows = [jnp.where(held[i], fixed[i], free[i]) for i in range(3)]
+    rows = [jnp.where(held[0], ZERO_SPREAD - x[0], growth)]
+    rows += [jnp.where(held[1], -x[1], m_hat * v - m / q0), 1 - v * R]
     # φ with the conjugates eliminated, linear in the node averages
     potential = alpha * (0.5 * v * out.force_square + out.train_error)
     potential += task.penalty * q - s**2 / (2 * v)
@@ -352,7 +351,7 @@ class LinearFinetuning:
         blocks: number of blocks in a chunk.
     """
 
-    def __init__(self, task: Task, held: tuple[bool, bool, bool], *, blocks: int) -> None:
+    def __init__(self, task: Task, held: tuple[bool, bool], *, blocks: int) -> None:
         self._task, self._held, self._blocks = task, np.asarray(held), blocks
 
     def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields) -> None:
@@ -374,7 +373,7 @@ class LinearFinetuning:
 class SoftmaxFinetuning:
     """The same for softmax attention."""
 
-    def __init__(self, task: Task, held: tuple[bool, bool, bool], *, blocks: int) -> None:
+    def __init__(self, task: Task, held: tuple[bool, bool], *, blocks: int) -> None:
         self._task, self._held, self._blocks = task, np.asarray(held), blocks
 
     def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields) -> Array:

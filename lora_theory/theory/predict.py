@@ -281,8 +281,7 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
         values = np.zeros((3, len(root.block_unknowns)))
     else:
         values = np.array([pre.weights_at(x, constants) for x in root.block_unknowns]).T
-    Q, M, V = values
-    return FrozenWeights(Q, M, V, constants.label_variance)
+    return FrozenWeights(*values, constants.label_variance)
 
 
 def _effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:

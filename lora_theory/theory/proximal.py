@@ -80,8 +80,8 @@ def softmax_field_minima(
 ) -> Minima:
     """Minima of ‖u − z‖²/(2V) + ‖y − σ(h(u))‖² reached from ``starts``.
 
-    With the starts z and z^y, the logits of the label, the global minimum is found (docs/theory.md,
-    section 2).  Coordinates: :func:`~lora_theory.theory.fields.field_basis`.
+    The starts z and z^y, the logits of the label, lead to the global minimum on most nodes
+    (docs/theory.md, section 5).  Coordinates: :func:`~lora_theory.theory.fields.field_basis`.
 
     Args:
         labels: y. center: z. variance: V.

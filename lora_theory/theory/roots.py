@@ -60,6 +60,10 @@ class Root(NamedTuple):
             return Status.JUMPS if seen or self.jumps else Status.CONVERGED
         return Status.JUMPS if self.ends_at_jumps else Status.NOT_CONVERGED
 
+    def is_good(self, tolerance: float) -> bool:
+        """Whether no further search is worth it: below ``tolerance``, or it ends at jumps."""
+        return self.residual < tolerance or self.ends_at_jumps
+
     @property
     def ends_at_jumps(self) -> bool:
         """Whether the residual is what single nodes on a jump leave: below its own error."""
@@ -113,20 +117,19 @@ def solve(
     )
     x, values = _near(averages, basin(tolerance=max(tolerance, ROUGH)), tolerance)
     found = _root(x, values)
-    # where the jumps of single nodes end the way, a slow search between them is not worth it
-    if found.residual < tolerance or found.ends_at_jumps or not thorough:
+    if found.is_good(tolerance) or not thorough:
         return found
     slower = _root(*_polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS))
     return min(found, slower, key=lambda root: root.residual)
 
 
 def first_good(roots: Iterable[Root], tolerance: float) -> Root:
-    """The first root below ``tolerance`` or that ends at jumps; if none does, the best."""
+    """The first root that is good; if none is, the best."""
     best: Root | None = None
     for found in roots:
         if best is None or found.residual < best.residual:
             best = found
-        if found.residual < tolerance or found.ends_at_jumps:
+        if found.is_good(tolerance):
             break
     assert best is not None
     return best
@@ -164,7 +167,7 @@ def _near(
     """The root from a point near it: the best point met and the values there.
 
     Newton's method follows the minima of the proximal operators; they are searched anew where it
-    has converged, until nothing changes.
+    has converged, until the residual is below the tolerance there or no longer halves.
     """
     x = _newton(averages, x, averages.at(x, search=False), tolerance)
     best, values = x, averages.at(x, search=True, elsewhere=True)
@@ -254,7 +257,7 @@ def _basin(
         x = x + step
     start, best, least = x, x, np.inf
 
-    def succeeds(x: Float[np.ndarray, " n"], polish: bool) -> bool:
+    def succeeds(x: Float[np.ndarray, " n"], polish: bool = False) -> bool:
         nonlocal best, least
         found, values = _near(averages, x, tolerance)
         if polish and values.size > tolerance:
@@ -272,10 +275,9 @@ def _basin(
             x = x + np.nan_to_num(relaxation(residual))
         if x is tried and least < np.inf:
             break
-        if succeeds(x, polish=False):
+        if succeeds(x):
             return best
-    scanned = _scan(averages, start, grid) if thorough else ()
-    if thorough and not any(succeeds(point, polish=False) for point in scanned):
+    if thorough and not any(succeeds(point) for point in _scan(averages, start, grid)):
         succeeds(best, polish=True)
     return best
 
