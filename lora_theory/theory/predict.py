@@ -281,7 +281,8 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
         values = np.zeros((3, len(root.block_unknowns)))
     else:
         values = np.array([pre.weights_at(x, constants) for x in root.block_unknowns]).T
-    return FrozenWeights(*values, constants.label_variance)
+    Q, M, V = values
+    return FrozenWeights(Q, M, V, constants.label_variance)
 
 
 def _effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:

@@ -50,3 +50,17 @@ def test_a_rank_below_the_learned_one_is_refused(solution, problem):
         else:
             with pytest.raises(ProblemError, match=r"pretraining\.rank = .* at least 0\.\d+"):
                 predict(problem.replace(changes), nodes=128)
+
+
+def test_a_narrow_informed_branch_is_found(problem):
+    """LoRA that learns w* nearly exactly: far from the start, absent at much larger penalties."""
+    changes = {
+        "tokens": 3, "teacher_rank": 1.67422, "label_noise": 0.0,
+        "pretraining.samples": 1.81827, "pretraining.penalty": 0.02095,
+        "finetuning.samples": 13.4775, "finetuning.penalty": 1.41008,
+        "finetuning.signal": 1.07057, "finetuning.sequences": "reused",
+    }  # fmt: skip
+    best, other = predict(problem.replace(changes), nodes=64).branches
+    assert best.branch == "informed"
+    assert best.overlap > 0.999
+    assert best.potential < 0.1 * other.potential
