@@ -29,6 +29,7 @@ from lora_theory.theory.averages import Averages
 from lora_theory.theory.branches import FinetuningNodes, FrozenWeights
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import frozen_weights, pretraining_averages, solve_pretraining
+from lora_theory.theory.results import FinetuningPrediction
 from lora_theory.theory.roots import standard_error
 
 REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "reference"
@@ -36,6 +37,8 @@ SEED, PROBLEMS = 20260, 10_000
 NODES, BLOCKS = 64, 8  # points per block, each with its mirror image: 1,024 nodes
 STAGES = ("pretraining", "finetuning")
 TOLERANCE, FRESH_SEED = 1e-10, 1000
+#: Of a difference of nearly equal numbers, relative to them.
+ROUNDING = 1e-12
 #: Searches for minima that a check may take; hard problems want a dozen.
 SEARCHES = 24
 COLUMNS = [
@@ -111,13 +114,19 @@ def residuals(answer: Prediction, seed: int) -> dict[str, np.ndarray]:
             found["pretraining"] = settled(averages, x)
         if best.branch != "zero":
             q0 = asked.finetuning.signal
-            s = np.sqrt(max(best.q - best.m**2 / q0, 1e-300))
-            x = np.array([np.log(s), best.m / q0, np.log(best.v)])
+            x = np.array([np.log(spread(best, q0)), best.m / q0, np.log(best.v)])
             nodes = FinetuningNodes(
                 asked.finetuning, weights, asked.tokens, asked.activation, discretisation
             )
             found["finetuning"] = settled(nodes.averages(HELD[best.branch]), x)
     return found
+
+
+def spread(found: FinetuningPrediction, signal: float) -> float:
+    """s = √(q − m²/q0), or its equal √q̂v where that difference has lost its digits."""
+    difference, square = found.q - found.m**2 / signal, found.q_hat * found.v**2
+    exact = square if abs(difference - square) < ROUNDING * found.q else difference
+    return max(exact, 1e-300) ** 0.5
 
 
 def settled(averages: Averages, x: np.ndarray) -> np.ndarray:

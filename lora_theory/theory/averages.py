@@ -21,8 +21,8 @@ __all__ = ["Averages", "BlockValues", "Equations", "in_parallel"]
 
 # NPROC bounds the threads of XLA, and these
 _THREADS = min(2, int(os.environ.get("NPROC") or 0) or 2)
-# multiples of this share of the nodes come close to every node before any comes twice
-_GOLDEN = (5**0.5 - 1) / 2
+# from one search elsewhere to the next, as a share of the nodes; irrational: none comes twice
+_AWAY = 2**0.5 - 1
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -82,9 +82,10 @@ class Equations(Protocol):
         """Likely starts for the minima of the proximal operators."""
 
     def search(self, unknowns: Float[np.ndarray, " n"], chunk: Any, known: Any, away: float) -> Any:
-        """Minima from all starts, the ``known`` ones and those of the nodes ``away``.
+        """Minima from the ``known`` ones and further starts.
 
-        ``away`` is a share of the nodes of the chunk, 0 for the node itself.
+        These are likely ones where ``away`` is 0, else minima of other nodes, the first of them
+        this share of the nodes of the chunk away.
         """
 
     def values(
@@ -113,11 +114,11 @@ class Averages:
     ) -> BlockValues:
         """Values at ``unknowns``; minima are searched for anew, or followed from the last ones.
 
-        Without a search the minima may be no global ones.  A search ``elsewhere`` also starts at
-        the minima of other nodes, each time of different ones.
+        Without a search the minima may be no global ones.  A search ``elsewhere`` starts at the
+        minima of other nodes, each time of different ones.
         """
         self._elsewhere += elsewhere
-        away = _GOLDEN * self._elsewhere % 1.0 if elsewhere else 0.0
+        away = _AWAY * self._elsewhere % 1.0 if elsewhere else 0.0
 
         def one(index: int) -> BlockValues:
             chunk, minima = self.chunks[index], self._minima[index]

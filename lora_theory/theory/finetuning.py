@@ -32,7 +32,6 @@ from lora_theory.theory.proximal import (
     linear_lora_proximal,
     rank_one_part,
     softmax_field_minima,
-    softmax_field_proximal,
     softmax_lora_minima,
     softmax_lora_proximal,
     softmax_lora_starts,
@@ -63,8 +62,11 @@ OBSERVABLES = (
     "potential", "overlap", "train_error", "jumps", "response", "growth",
 )  # fmt: skip
 
-# starts of the descents of the proximal operator: ω and the most promising of ±χ* and ±χ̂
+# starts of the descents of the proximal operator: ω and the most promising of ±χ* and ±χ̂, or as
+# many minima of other nodes
 _STARTS = 4
+# for the fields of re-used sequences: minima of other nodes per search, and searches
+_OTHERS, _SEARCHES = 2, 24
 #: log s that stands for s = 0 on the branch w = 0, where only the limit ω = sζ → 0 matters.
 ZERO_SPREAD = float(np.log(1e-5))
 INFORMED, UNINFORMED, ZERO = (False, False), (False, True), (True, True)
@@ -146,27 +148,41 @@ def linear_fields(
     return LinearFields(levels, star, noise)
 
 
-@quickly_compiled("tokens", "reused")
+@quickly_compiled("tokens")
+def _frozen_fields(
+    nodes: Array, Q: Array, M: Array, label_variance: Array, tokens: int
+) -> tuple[Array, Array]:
+    n = field_count(tokens, "softmax")
+    label, z, _ = frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, label_variance)
+    return label, z
+
+
+@quickly_compiled("tokens")
+def _reused_minima(label: Array, z: Array, V: Array, starts: Array, tokens: int) -> Array:
+    fields = to_fields(field_basis(tokens, "softmax"), label)
+    labels = attention(fields, "softmax", row_axis=0)
+    found = softmax_field_minima(labels, z, jnp.maximum(V, SMALLEST_VARIANCE), starts)
+    return jnp.stack([found.point, found.rival])
+
+
+def _reused_fields(label: Array, z: Array, V: Array, tokens: int) -> Array:
+    """Prox_V(z; y): minima from z, z^y and those of other nodes, until none is lowered."""
+    minima = jnp.stack([z, label])
+    for search in range(_SEARCHES):
+        starts = with_others(minima, search * 2**0.5 % 1.0, _OTHERS)
+        last, minima = minima, _reused_minima(label, z, V, starts, tokens)
+        if search and jnp.max(jnp.abs(minima[0] - last[0])) < 1e-3:
+            break
+    return minima[0]
+
+
+@quickly_compiled("tokens")
 def _softmax_fields(
-    nodes: Array,
-    Q: Array,
-    M: Array,
-    V: Array,
-    signal: Array,
-    label_variance: Array,
-    tokens: int,
-    reused: bool,
+    nodes: Array, label: Array, training: Array, signal: Array, tokens: int
 ) -> SoftmaxFields:
     n, T = field_count(tokens, "softmax"), tokens
     basis, eye = field_basis(tokens, "softmax"), jnp.eye(T)[:, :, None]
-    label, z, _ = frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, label_variance)
     label_fields = to_fields(basis, label)
-    training = z
-    if reused:
-        V = jnp.maximum(V, SMALLEST_VARIANCE)
-        labels = attention(label_fields, "softmax", row_axis=0)
-        minimum = softmax_field_minima(labels, z, V, jnp.stack([z, label])).point
-        training = softmax_field_proximal(labels, z, V, minimum).point
     star = jnp.sqrt(signal) * nodes[2 * n : 2 * n + T]
     lift = star[:, None] * star[None] - signal * eye
     task_labels = attention(label_fields + lift, "softmax", row_axis=0)
@@ -195,10 +211,11 @@ def softmax_fields(
     Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z
     (docs/theory.md, section 3).
     """
-    arrays = [np.asarray(entry, dtype=float) for entry in (nodes, Q, M, V)]
-    fields: SoftmaxFields = _softmax_fields(
-        *arrays, task.signal, task.label_variance, tokens, reused
-    )
+    at, *parts = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
+    label, training = _frozen_fields(at, *parts[:2], task.label_variance, tokens)
+    if reused:
+        training = _reused_fields(label, training, parts[2], tokens)
+    fields: SoftmaxFields = _softmax_fields(at, label, training, task.signal, tokens)
     return fields
 
 
@@ -304,21 +321,15 @@ def _arguments(unknowns: Array, fields: SoftmaxFields, task: Task) -> _Arguments
     return fields.training, fields.labels, _center(point, fields, task), v, q
 
 
-def _starts(arguments: _Arguments, fields: SoftmaxFields, count: int) -> Array:
+@quickly_compiled()
+def _likely(unknowns: Array, fields: SoftmaxFields, task: Task) -> Array:
     likely = jnp.stack([fields.signal, fields.guess])
-    return softmax_lora_starts(*arguments, likely)[:count]
+    return softmax_lora_starts(*_arguments(unknowns, fields, task), likely)[:_STARTS]
 
 
 @quickly_compiled()
-def _begin(unknowns: Array, fields: SoftmaxFields, task: Task) -> Array:
-    return _starts(_arguments(unknowns, fields, task), fields, 2)
-
-
-@quickly_compiled()
-def _search(unknowns: Array, fields: SoftmaxFields, task: Task, known: Array, away: Array) -> Array:
-    arguments = _arguments(unknowns, fields, task)
-    starts = jnp.concatenate([_starts(arguments, fields, _STARTS), with_others(known, away)])
-    found = softmax_lora_minima(*arguments, starts)
+def _search(unknowns: Array, fields: SoftmaxFields, task: Task, starts: Array) -> Array:
+    found = softmax_lora_minima(*_arguments(unknowns, fields, task), starts)
     return jnp.stack([found.point, found.rival])
 
 
@@ -378,14 +389,18 @@ class SoftmaxFinetuning:
 
     def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields) -> Array:
         """ω, and the best of the other starts."""
-        starts: Array = _begin(unknowns, chunk, self._task)
-        return starts
+        starts: Array = _likely(unknowns, chunk, self._task)
+        return starts[:2]
 
     def search(
         self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array, away: float
     ) -> Array:
         """The lowest minimum of prox and its rival, (2, T, nodes)."""
-        found: Array = _search(unknowns, chunk, self._task, known, away)
+        if away:
+            starts = with_others(known, away, _STARTS)
+        else:
+            starts = jnp.concatenate([_likely(unknowns, chunk, self._task), known])
+        found: Array = _search(unknowns, chunk, self._task, starts)
         return found
 
     def values(

@@ -61,6 +61,8 @@ OBSERVABLES = (
 # floors that keep the equations finite where the weights vanish: S² and V
 _SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
 _EPSILON = float(np.finfo(float).eps)
+# nodes whose minima a search elsewhere starts at: as many as there are likely starts
+_OTHERS = 2
 
 
 class Constants(NamedTuple):
@@ -288,10 +290,9 @@ def _begin(unknowns: Array, nodes: Labels, constants: Constants, tokens: int) ->
 
 @quickly_compiled("tokens")
 def _search(
-    unknowns: Array, nodes: Labels, constants: Constants, known: Array, away: Array, tokens: int
+    unknowns: Array, nodes: Labels, constants: Constants, starts: Array, tokens: int
 ) -> Array:
-    labels, frozen, V, starts = _at(unknowns, nodes, constants, tokens)
-    starts = jnp.concatenate([starts, with_others(known, away)])
+    labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
     found = softmax_field_minima(labels, frozen, V, starts)
     return jnp.stack([found.point, found.rival])
 
@@ -347,7 +348,11 @@ class SoftmaxPretraining:
         self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array, away: float
     ) -> Array:
         """The lowest minimum of Prox_V and its rival, (2, n, nodes)."""
-        found: Array = _search(unknowns, chunk, self._constants, known, away, self._tokens)
+        if away:
+            starts = with_others(known, away, _OTHERS)
+        else:
+            starts = jnp.concatenate([self.begin(unknowns, chunk), known])
+        found: Array = _search(unknowns, chunk, self._constants, starts, self._tokens)
         return found
 
     def values(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
+from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import (
     field_basis,
     softmax_field_hessian,
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 _TOLERANCE, _MAX_STEPS = 1e-6, 200
+# multiples of this share of the nodes come close to every node before any comes twice
+_GOLDEN = (5**0.5 - 1) / 2
 _BISECTIONS = 48
 
 
@@ -285,7 +288,14 @@ def linear_lora_proximal(
     return Proximal(point, force, loss, variance * hessian)
 
 
-def with_others(minima: Float[Array, "count n nodes"], away: Array) -> Float[Array, "more n nodes"]:
-    """The minima and, as a further start, the first one of the node ``away``, a share of them."""
-    shift = (away * minima.shape[-1]).astype(int)
-    return jnp.concatenate([minima, jnp.roll(minima[:1], shift, axis=-1)])
+@quickly_compiled("count")
+def with_others(
+    minima: Float[Array, "known n nodes"], away: float, count: int
+) -> Float[Array, "known+count n nodes"]:
+    """The minima and, as further starts, the first ones of ``count`` other nodes.
+
+    ``away`` is how far the first of these is, as a share of all nodes.
+    """
+    shifts = (away + _GOLDEN * jnp.arange(count)) % 1.0 * minima.shape[-1]
+    others = [jnp.roll(minima[0], shift.astype(int), axis=-1) for shift in shifts]
+    return jnp.concatenate([minima, jnp.stack(others)])

@@ -33,6 +33,8 @@ _BLOCK_EVALUATIONS, _FULL_EVALUATIONS, _SECANT_EVALUATIONS = 40, 10, 30
 # relative step of the secant: wide enough to average over the jumps of many nodes
 _SECANT_STEP, _JUMP_STEP = 0.02, 0.05
 _MATTERING_JUMPS, _LARGEST_JUMP_RESIDUAL = 0.05, 0.02
+# a residual this small is no jump: more is asked for than rounding allows
+_ROUNDING = 1e-12
 
 
 class Root(NamedTuple):
@@ -67,7 +69,7 @@ class Root(NamedTuple):
     @property
     def ends_at_jumps(self) -> bool:
         """Whether the residual is what single nodes on a jump leave: below its own error."""
-        return self.residual < min(self.residual_noise, _LARGEST_JUMP_RESIDUAL)
+        return _ROUNDING < self.residual < min(self.residual_noise, _LARGEST_JUMP_RESIDUAL)
 
 
 def standard_error(blocks: Float[np.ndarray, "R ..."]) -> Float[np.ndarray, "..."]:
@@ -167,20 +169,22 @@ def _near(
     """The root from a point near it: the best point met and the values there.
 
     Newton's method follows the minima of the proximal operators; they are searched anew where it
-    has converged, until the residual is below the tolerance there or no longer halves.
+    has converged, until the residual is below the tolerance there or no longer halves.  Only a
+    search that starts elsewhere is believed; a rough root needs none.
     """
     x = _newton(averages, x, averages.at(x, search=False), tolerance)
-    best, values = x, averages.at(x, search=True, elsewhere=True)
+    best, values, sure = x, averages.at(x, search=True), tolerance >= ROUGH
     for _ in range(_SEARCHES):
-        if values.size < tolerance:
+        if sure and values.size < tolerance:
             break
         x = _newton(averages, best, values, tolerance)
         searched = averages.at(x, search=True, elsewhere=True)
         progress = searched.size < 0.5 * values.size
-        if searched.size < values.size:
+        if searched.size < values.size or not sure:
             best, values = x, searched
-        if not progress:
+        if sure and not progress:
             break
+        sure = True
     return best, values
 
 

@@ -28,7 +28,8 @@ from lora_theory.theory.proximal import (
 )
 from lora_theory.theory.spectrum import truncated_second_moment
 
-NODES, BLOCKS, SEED = 128, 4, 3
+# seed 11: every branch has a root on so few nodes, though jumps carry half of some responses
+NODES, BLOCKS, SEED = 128, 4, 11
 SOFTMAX = Problem(
     tokens=2,
     activation="softmax",
@@ -106,10 +107,16 @@ def frozen_pair(problem: Problem, g1, g2, Q, M):
     return label, M / Q_y * label + jnp.sqrt(Q - M**2 / Q_y) * g2
 
 
+def with_many_others(minimum):
+    """The minimum and those of 40 other nodes, on which the lowest one may be found."""
+    return jnp.stack([jnp.roll(minimum, 25 * k, axis=-1) for k in range(41)])
+
+
 @jax.jit
 def field_proximal(y, label, z, V):
     """Prox_V(z; y)."""
     minimum = softmax_field_minima(y, z, V, jnp.stack([z, label])).point
+    minimum = softmax_field_minima(y, z, V, with_many_others(minimum)).point
     return softmax_field_proximal(y, z, V, minimum).point
 
 
@@ -118,6 +125,7 @@ def lora_proximal(h, y, omega, v, q, likely):
     """prox(ω) of softmax attention."""
     starts = softmax_lora_starts(h, y, omega, v, q, likely)
     minimum = softmax_lora_minima(h, y, omega, v, q, starts).point
+    minimum = softmax_lora_minima(h, y, omega, v, q, with_many_others(minimum)).point
     return softmax_lora_proximal(h, y, omega, v, q, minimum).point
 
 
