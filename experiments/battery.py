@@ -39,8 +39,8 @@ STAGES = ("pretraining", "finetuning")
 TOLERANCE, FRESH_SEED = 1e-10, 1000
 #: Of a difference of nearly equal numbers, relative to them.
 ROUNDING = 1e-12
-#: Searches for minima that a check may take; hard problems want a dozen.
-SEARCHES = 24
+#: Searches for minima that a check may take; hard problems want a few.
+SEARCHES = 8
 COLUMNS = [
     "index", "branch", "constraints", "seconds",
     *(f"{s}.{c}" for s in STAGES for c in ("status", "residual", "z", "jumps")),

@@ -110,12 +110,18 @@ class Averages:
         return Averages(self.equations, self.chunks[:chunks], 1)
 
     def at(
-        self, unknowns: Float[np.ndarray, " n"], *, search: bool, elsewhere: bool = False
+        self,
+        unknowns: Float[np.ndarray, " n"],
+        *,
+        search: bool,
+        elsewhere: bool = False,
+        remember: bool = True,
     ) -> BlockValues:
         """Values at ``unknowns``; minima are searched for anew, or followed from the last ones.
 
         Without a search the minima may be no global ones.  A search ``elsewhere`` starts at the
-        minima of other nodes, each time of different ones.
+        minima of other nodes, each time of different ones.  Those found are the last ones from now
+        on if ``remember``.
         """
         self._elsewhere += elsewhere
         away = _AWAY * self._elsewhere % 1.0 if elsewhere else 0.0
@@ -126,7 +132,9 @@ class Averages:
                 minima = self.equations.begin(unknowns, chunk)
             if search:
                 minima = self.equations.search(unknowns, chunk, minima, away)
-            values, self._minima[index] = self.equations.values(unknowns, chunk, minima)
+            values, minima = self.equations.values(unknowns, chunk, minima)
+            if remember:
+                self._minima[index] = minima
             return values
 
         parts = [one(0)] if len(self.chunks) == 1 else in_parallel(one, range(len(self.chunks)))

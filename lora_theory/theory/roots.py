@@ -145,8 +145,9 @@ def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) 
 def with_jumps(averages: Averages, root: Root) -> Root:
     """The same root, its errors with the part of the Jacobian that jumps of the minima carry.
 
-    By differences wide enough to average over the jumps of many nodes: on nodes the derivative does
-    not see them, and near the end of a branch they make it much more sensitive.
+    By differences wide enough to average over the jumps of many nodes, from the lowest minimum to
+    its rival: on nodes the derivative does not see them, and near the end of a branch they make it
+    much more sensitive.
     """
     x = root.unknowns
     values = averages.at(x, search=True, elsewhere=True)
@@ -155,7 +156,8 @@ def with_jumps(averages: Averages, root: Root) -> Root:
         if np.array_equal(jacobian[index], -direction):
             continue  # an unknown that is held
         ends = [
-            averages.at(x + step * direction, search=True) for step in (_JUMP_STEP, -_JUMP_STEP)
+            averages.at(x + step * direction, search=False, remember=False)
+            for step in (_JUMP_STEP, -_JUMP_STEP)
         ]
         up, down = (np.append(end.mean, end.observables.mean(axis=0)) for end in ends)
         jacobian[:, index] = (up - down) / (2 * _JUMP_STEP)

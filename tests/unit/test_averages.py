@@ -162,6 +162,8 @@ def test_minima_are_remembered_between_evaluations():
     averages.at(point + 0.1, search=False)
     history = ["begin", "values", "search", "values", "values"]
     assert averages._minima == [history] * 2
+    averages.at(point + 0.2, search=False, remember=False)
+    assert averages._minima == [history] * 2
     assert averages.first(1)._minima == [None], "others of their own"
 
 
