@@ -16,7 +16,7 @@ from lora_theory.problem import ProblemError
 __all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
 
 #: Sobol points per block (each is used with its mirror image), by number of tokens.
-_DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 1024}, 512
+_DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 2048}, 512
 #: Points computed at once, by number of tokens: what fits the cache.
 _CHUNKS, _SMALLEST_CHUNK = {1: 1024, 2: 512, 3: 256}, 128
 #: Points on which a root is first looked for.

@@ -121,7 +121,8 @@ def solve(
     found = _root(x, values)
     if found.is_good(tolerance) or not thorough:
         return found
-    slower = _root(*_polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS))
+    x, _ = _polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS)
+    slower = _root(x, averages.at(x, search=True, elsewhere=True))
     return min(found, slower, key=lambda root: root.residual)
 
 

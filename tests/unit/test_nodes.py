@@ -66,7 +66,7 @@ def test_chunks_are_the_blocks_in_order(nodes, blocks, tokens):
     settings = discretisation(nodes, blocks)
     chunks, together = settings.chunks(3, tokens, seed=7)
     points = settings.points(tokens)
-    assert points == (nodes or {1: 4096, 2: 2048, 3: 1024}.get(tokens, 512))
+    assert points == (nodes or {1: 4096, 2: 2048, 3: 2048}.get(tokens, 512))
     (size,) = {chunk.shape[1] for chunk in chunks}
     assert {chunk.shape[0] for chunk in chunks} == {3}
     assert size <= {1: 1024, 2: 512, 3: 256}.get(tokens, 128)
