@@ -123,10 +123,10 @@ def residuals(answer: Prediction, seed: int) -> dict[str, np.ndarray]:
 
 
 def spread(found: FinetuningPrediction, signal: float) -> float:
-    """s = √(q − m²/q0), or its equal √q̂v where that difference has lost its digits."""
+    """s = √(q − m²/q0), or √q̂v where the two agree within rounding of q: this keeps its digits."""
     difference, square = found.q - found.m**2 / signal, found.q_hat * found.v**2
-    exact = square if abs(difference - square) < ROUNDING * found.q else difference
-    return max(exact, 1e-300) ** 0.5
+    same = abs(difference - square) < ROUNDING * found.q
+    return max(square if same else difference, 1e-300) ** 0.5
 
 
 def settled(averages: Averages, x: np.ndarray) -> np.ndarray:
@@ -201,7 +201,8 @@ def outcomes(table: pd.DataFrame) -> pd.Series:
     claimed = ~(statuses == "not_converged").any(axis=1) & table["constraints"].eq(True)
     tight = claimed & (residual < TOLERANCE).all(axis=1)
     result = pd.Series("not solved", index=table.index)
-    result[(np.abs(jumps) > JUMPS).any(axis=1) | (statuses == "jumps").any(axis=1)] = "jumps"
+    seen = (np.abs(jumps) > JUMPS).any(axis=1) | (statuses == "jumps").any(axis=1)
+    result[seen & table["constraints"].eq(True)] = "jumps"
     result[tight] = "solved"
     result[claimed & ~(z <= LARGEST_Z).all(axis=1)] = "false success"
     return result

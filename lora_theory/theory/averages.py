@@ -1,4 +1,4 @@
-"""Averages over fixed nodes at any unknowns: nodes in chunks, on two threads, minima remembered.
+"""Averages over fixed nodes at any unknowns: nodes in chunks, on threads, minima remembered.
 
 The nodes come in R independent blocks.  A chunk is the part of a block, or the few small blocks,
 that is computed at once: large enough to hide the cost of a call, small enough for the cache.
@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["Averages", "BlockValues", "Equations", "in_parallel"]
+__all__ = ["AWAY", "Averages", "BlockValues", "Equations", "in_parallel"]
 
 # NPROC bounds the threads of XLA, and these
 _THREADS = min(2, int(os.environ.get("NPROC") or 0) or 2)
-# from one search elsewhere to the next, as a share of the nodes; irrational: none comes twice
-_AWAY = 2**0.5 - 1
+#: From one search elsewhere to the next, as a share of the nodes; irrational: none comes twice.
+AWAY = 2**0.5 - 1
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -124,7 +124,7 @@ class Averages:
         on if ``remember``.
         """
         self._elsewhere += elsewhere
-        away = _AWAY * self._elsewhere % 1.0 if elsewhere else 0.0
+        away = AWAY * self._elsewhere % 1.0 if elsewhere else 0.0
 
         def one(index: int) -> BlockValues:
             chunk, minima = self.chunks[index], self._minima[index]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from lora_theory.problem import Finetuning
 from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
-from lora_theory.theory.averages import Averages
+from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.errors import Errors, OrderParameters, effective_noise
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import FinetuningPrediction
@@ -32,7 +32,7 @@ __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
 # log s at q0 = 1 among which a root is looked for where it repels the damped iteration
 _SCAN = np.arange(-10.0, 2.5, 0.5)
-_START_V = 0.05
+_START_M, _START_V = 0.9, 0.05
 _EASIER = (81.0, 27.0, 9.0, 3.0)
 # an informed branch this weak is the uninformed one, moved by the discreteness of the nodes
 _MERGED_OVERLAP = 0.05
@@ -62,7 +62,7 @@ class FrozenWeights(NamedTuple):
     def training_noise(self, tokens: int, reused: bool) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4)."""
         shrink = (1 + 4 * self.V / tokens**2) ** 2 if reused else 1.0
-        return self.effective_noise() / shrink
+        return np.asarray(np.maximum(self.effective_noise(), 0.0) / shrink)
 
 
 def solve_branches(
@@ -81,7 +81,6 @@ def solve_branches(
     def branch(
         held: tuple[bool, bool],
         log_s: float,
-        m: float,
         *,
         few: bool = False,
         near: Root | None = None,
@@ -89,7 +88,7 @@ def solve_branches(
     ) -> Root:
         search = functools.partial(
             solve,
-            start=np.array([log_s, m, math.log(_START_V)]),
+            start=np.array([log_s, 0.0 if held[1] else _START_M, math.log(_START_V)]),
             coarse=nodes.coarse,
             relaxation=lora.relaxation,
             grid=() if held == lora.ZERO else (_SCAN + scale).tolist(),
@@ -131,12 +130,12 @@ def solve_branches(
         return refine(averages, start, tolerance=tolerance)
 
     found: dict[str, Root] = {}
-    informed = branch(lora.INFORMED, scale + math.log(0.1), 0.9)
+    informed = branch(lora.INFORMED, scale + math.log(0.1))
     learned = abs(informed.unknowns[1]) > _VANISHED or informed.unknowns[0] > vanished
     if learned and informed.observables[overlap] > _MERGED_OVERLAP:
         found["informed"] = informed
     uninformed_branch = functools.partial(
-        branch, lora.UNINFORMED, m=0.0, merged=None if found else informed
+        branch, lora.UNINFORMED, merged=None if found else informed
     )
     # few nodes show whether the uninformed branch lies clearly above the informed one
     uninformed = uninformed_branch(scale + math.log(0.5), few=True)
@@ -148,11 +147,11 @@ def solve_branches(
     if uninformed.unknowns[0] > vanished:
         found["uninformed"] = uninformed
     else:
-        zero = branch(lora.ZERO, lora.ZERO_SPREAD, 0.0)
+        zero = branch(lora.ZERO, lora.ZERO_SPREAD)
         solved = zero.observables[growth] < 0 and zero.residual < tolerance
         found |= {"zero": zero} if solved else {"uninformed": uninformed}
     others = [root for name, root in found.items() if name != "informed"]
-    if informed.residual > _ABSENT and others[0].residual < tolerance:
+    if informed.residual > _ABSENT and others[0].is_good(tolerance):
         found.pop("informed", None)
     test = _TestErrors(weights, stage.signal, tokens, activation, discretisation)
     return _by_potential(found, test, tolerance)
@@ -185,10 +184,12 @@ class FinetuningNodes:
         total = sum(chunk.shape[1] for chunk in chunks)
         per_node = [np.repeat(part, total // self._blocks) for part in weights[:3]]
         parts = zip(*(np.split(part, len(chunks)) for part in per_node), strict=True)
-        self._fields = [
-            lora.softmax_fields(chunk, Q, M, V, self.task, tokens=tokens, reused=reused)
-            for chunk, (Q, M, V) in zip(chunks, parts, strict=True)
-        ]
+
+        def fields(part: tuple[np.ndarray, list[np.ndarray]]) -> lora.SoftmaxFields:
+            chunk, (Q, M, V) = part
+            return lora.softmax_fields(chunk, Q, M, V, self.task, tokens=tokens, reused=reused)
+
+        self._fields = in_parallel(fields, zip(chunks, parts, strict=True))
 
     @property
     def has_few(self) -> bool:

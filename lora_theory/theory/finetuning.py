@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from scipy.special import gammaincinv, ndtr
 
 from lora_theory.attention import attention
-from lora_theory.theory.averages import BlockValues
+from lora_theory.theory.averages import AWAY, BlockValues
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
 from lora_theory.theory.pretraining import (
@@ -153,8 +153,7 @@ def _frozen_fields(
     nodes: Array, Q: Array, M: Array, label_variance: Array, tokens: int
 ) -> tuple[Array, Array]:
     n = field_count(tokens, "softmax")
-    label, z, _ = frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, label_variance)
-    return label, z
+    return frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, label_variance)[:2]
 
 
 @quickly_compiled("tokens")
@@ -162,14 +161,14 @@ def _reused_minima(label: Array, z: Array, V: Array, starts: Array, tokens: int)
     fields = to_fields(field_basis(tokens, "softmax"), label)
     labels = attention(fields, "softmax", row_axis=0)
     found = softmax_field_minima(labels, z, jnp.maximum(V, SMALLEST_VARIANCE), starts)
-    return jnp.stack([found.point, found.rival])
+    return found.both
 
 
 def _reused_fields(label: Array, z: Array, V: Array, tokens: int) -> Array:
-    """Prox_V(z; y): minima from z, z^y and those of other nodes, until none is lowered."""
+    """Prox_V(z; y): minima from z, z^y and those of other nodes, until a search lowers none."""
     minima = jnp.stack([z, label])
     for search in range(_SEARCHES):
-        starts = with_others(minima, search * 2**0.5 % 1.0, _OTHERS)
+        starts = with_others(minima, AWAY * (search + 1) % 1.0, _OTHERS)
         last, minima = minima, _reused_minima(label, z, V, starts, tokens)
         if search and jnp.max(jnp.abs(minima[0] - last[0])) < 1e-3:
             break
@@ -330,7 +329,7 @@ def _likely(unknowns: Array, fields: SoftmaxFields, task: Task) -> Array:
 @quickly_compiled()
 def _search(unknowns: Array, fields: SoftmaxFields, task: Task, starts: Array) -> Array:
     found = softmax_lora_minima(*_arguments(unknowns, fields, task), starts)
-    return jnp.stack([found.point, found.rival])
+    return found.both
 
 
 @quickly_compiled("blocks")
@@ -343,7 +342,7 @@ def _softmax_values(
         return _softmax_output(point, fields, found.point, task, blocks)
 
     rows, jacobian = with_jacobian(lambda x: _rows(x, output, task, held), unknowns)
-    return rows, jacobian, jnp.stack([found.point, found.rival])
+    return rows, jacobian, found.both
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:

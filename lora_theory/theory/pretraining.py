@@ -294,7 +294,7 @@ def _search(
 ) -> Array:
     labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
     found = softmax_field_minima(labels, frozen, V, starts)
-    return jnp.stack([found.point, found.rival])
+    return found.both
 
 
 @quickly_compiled("tokens", "blocks")
@@ -309,7 +309,7 @@ def _softmax_values(
         return _softmax_output(Q, M, V, nodes, found.point, constants, tokens, blocks)
 
     rows, jacobian = with_jacobian(lambda x: _rows(x, output, constants), unknowns)
-    return rows, jacobian, jnp.stack([found.point, found.rival])
+    return rows, jacobian, found.both
 
 
 class LinearPretraining:

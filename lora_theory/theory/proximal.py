@@ -52,6 +52,11 @@ class Minima(NamedTuple):
     rival: Float[Array, "n nodes"]  # the next lowest distinct one; the lowest itself if none
     gap: Float[Array, " nodes"]  # what the rival costs more; inf if there is none
 
+    @property
+    def both(self) -> Float[Array, "2 n nodes"]:
+        """The lowest minimum and its rival."""
+        return jnp.stack([self.point, self.rival])
+
 
 class Proximal(NamedTuple):
     """The minimiser per node; differentiable in everything the objective depends on."""

@@ -23,9 +23,11 @@ __all__ = [
     "ROUGH", "Root", "first_good", "log_ratio", "refine", "solve", "standard_error", "with_jumps",
 ]  # fmt: skip
 
-_SEARCHES, _NEWTON_STEPS, _HALVINGS, _LONGEST_STEP = 6, 12, 4, 0.5
+_SEARCHES, _NEWTON_STEPS, _LONGEST_STEP = 6, 12, 0.5
+# of a Newton step, what is tried until the residual falls; whole steps taken where none makes it
+_PARTS, _LEAPS = (1, 1 / 4, 1 / 16, 1 / 64), 3
 # residual on a few nodes that is good enough to go on with all of them
-ROUGH, _SCAN_RESIDUAL = 0.03, 1e-2
+ROUGH, _SCAN_RESIDUAL, _VALLEY = 0.03, 1e-2, 1e-8
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 12, 0.2
 # of the damped steps, those whose minima are searched for; the others follow them
 _SEARCH_EVERY = 4
@@ -107,7 +109,7 @@ def solve(
         thorough: whether that and Levenberg–Marquardt are tried, which may take ten times longer.
 
     Returns:
-        The root with the smallest residual met; the caller judges that residual.
+        A good root or, where none is met, the point of least residual.
     """
     basin = functools.partial(
         _basin,
@@ -123,19 +125,17 @@ def solve(
         return found
     x, _ = _polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS)
     slower = _root(x, averages.at(x, search=True, elsewhere=True))
-    return min(found, slower, key=lambda root: root.residual)
+    return first_good([slower, found], tolerance)
 
 
 def first_good(roots: Iterable[Root], tolerance: float) -> Root:
-    """The first root that is good; if none is, the best."""
-    best: Root | None = None
+    """The first root that is good; if none is, the one of least residual."""
+    tried = []
     for found in roots:
-        if best is None or found.residual < best.residual:
-            best = found
         if found.is_good(tolerance):
-            break
-    assert best is not None
-    return best
+            return found
+        tried.append(found)
+    return min(tried, key=lambda root: root.residual)
 
 
 def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) -> Root:
@@ -151,8 +151,8 @@ def with_jumps(averages: Averages, root: Root) -> Root:
     much more sensitive.
     """
     x = root.unknowns
-    values = averages.at(x, search=True, elsewhere=True)
-    jacobian = values.jacobian.copy()
+    values = averages.at(x, search=True)
+    jacobian = values.jacobian
     for index, direction in enumerate(np.eye(x.size)):
         if np.array_equal(jacobian[index], -direction):
             continue  # an unknown that is held
@@ -172,23 +172,28 @@ def _near(
     """The root from a point near it: the best point met and the values there.
 
     Newton's method follows the minima of the proximal operators; they are searched anew where it
-    has converged, until the residual is below the tolerance there or no longer halves.  Only a
-    search that starts elsewhere is believed; a rough root needs none.
+    has converged, until the residual is below the tolerance there, or no minimum is lowered and the
+    residual no longer halves.  Only searches elsewhere are believed; a rough root needs none.
     """
-    x = _newton(averages, x, averages.at(x, search=False), tolerance)
-    best, values, sure = x, averages.at(x, search=True), tolerance >= ROUGH
+    x, size = _newton(averages, x, averages.at(x, search=False), tolerance)
+    if size > tolerance and x.size > 1:
+        # back onto the other equations, along whose curved valley the first is solved
+        y, _ = _newton(averages, x, averages.at(x, search=False), _VALLEY, held=1)
+        y, after = _newton(averages, y, averages.at(y, search=False), tolerance)
+        x = y if after < size else x
+    values = averages.at(x, search=True)
+    if values.size < tolerance and tolerance >= ROUGH:
+        return x, values
+    best, least = x, np.inf
     for _ in range(_SEARCHES):
-        if sure and values.size < tolerance:
+        x, size = _newton(averages, x, values, tolerance)
+        last, values = values.size, averages.at(x, search=True, elsewhere=True)
+        if values.size < least:
+            best, least = x, values.size
+        lowered = abs(values.size - size) > tolerance
+        if least < tolerance or not (lowered or values.size < 0.5 * last):
             break
-        x = _newton(averages, best, values, tolerance)
-        searched = averages.at(x, search=True, elsewhere=True)
-        progress = searched.size < 0.5 * values.size
-        if searched.size < values.size or not sure:
-            best, values = x, searched
-        if sure and not progress:
-            break
-        sure = True
-    return best, values
+    return best, values if best is x else averages.at(best, search=True, elsewhere=True)
 
 
 def _newton(
@@ -197,8 +202,8 @@ def _newton(
     values: BlockValues,
     tolerance: float,
     held: int = 0,
-) -> Float[np.ndarray, " n"]:
-    """Newton steps, bounded, halved where the residual grows; the best point met.
+) -> tuple[Float[np.ndarray, " n"], float]:
+    """Newton steps, bounded, shortened where the residual grows; the best point met.
 
     The first ``held`` equations are left out, their unknowns stay.
     """
@@ -207,6 +212,7 @@ def _newton(
         mean = values.mean[held:]
         return float(np.abs(mean).max()) if np.all(np.isfinite(mean)) else np.inf
 
+    best, least, leaps = x, size(values), 0
     for _ in range(_NEWTON_STEPS):
         jacobian = values.jacobian[held : x.size, held:]
         if not size(values) > 0.1 * tolerance or not np.all(np.isfinite(jacobian)):
@@ -215,15 +221,21 @@ def _newton(
         residual = values.mean[held:]
         step[held:] = np.linalg.lstsq(jacobian, -residual, rcond=None)[0]
         step *= min(1.0, _LONGEST_STEP / max(float(np.abs(step).max()), 1e-300))
-        for _ in range(_HALVINGS):
-            new = averages.at(x + step, search=False)
-            if size(new) < size(values):
+        tries = []
+        for part in _PARTS:
+            tries.append((x + part * step, averages.at(x + part * step, search=False)))
+            if size(tries[-1][1]) < size(values):
+                x, values = tries[-1]
                 break
-            step = step / 4
         else:
-            break
-        x, values = x + step, new
-    return x
+            # along a curved valley the residual grows on the way to the root
+            if leaps == _LEAPS or not np.isfinite(size(tries[0][1])):
+                break
+            leaps += 1
+            x, values = tries[0]
+        if size(values) < least:
+            best, least = x, size(values)
+    return best, least
 
 
 def _scan(
@@ -236,7 +248,7 @@ def _scan(
     last, before = x, math.nan
     for value in grid:
         x = np.concatenate([[value], last[1:]])
-        x = _newton(averages, x, averages.at(x, search=False), _SCAN_RESIDUAL, held=1)
+        x, _ = _newton(averages, x, averages.at(x, search=False), _SCAN_RESIDUAL, held=1)
         values = averages.at(x, search=True)
         first, *others = values.mean
         if not np.all(np.abs(others) < ROUGH):
