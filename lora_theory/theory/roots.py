@@ -23,8 +23,8 @@ __all__ = [
     "ROUGH", "Root", "first_good", "log_ratio", "refine", "solve", "standard_error", "with_jumps",
 ]  # fmt: skip
 
-_SEARCHES, _NEWTON_STEPS, _LONGEST_STEP = 6, 12, 0.5
-# of a Newton step, what is tried until the residual falls; whole steps taken where none makes it
+_SEARCHES, _NEWTON_STEPS, _LONGEST_STEP = 8, 12, 0.5
+# of a Newton step, what is tried until the residual falls; whole steps that may be taken regardless
 _PARTS, _LEAPS = (1, 1 / 4, 1 / 16, 1 / 64), 3
 # residual on a few nodes that is good enough to go on with all of them
 ROUGH, _SCAN_RESIDUAL, _VALLEY = 0.03, 1e-2, 1e-8
@@ -175,24 +175,27 @@ def _near(
     has converged, until the residual is below the tolerance there, or no minimum is lowered and the
     residual no longer halves.  Only searches elsewhere are believed; a rough root needs none.
     """
-    x, size = _newton(averages, x, averages.at(x, search=False), tolerance)
-    if size > tolerance and x.size > 1:
-        # back onto the other equations, along whose curved valley the first is solved
-        y, _ = _newton(averages, x, averages.at(x, search=False), _VALLEY, held=1)
-        y, after = _newton(averages, y, averages.at(y, search=False), tolerance)
-        x = y if after < size else x
+    rough = tolerance >= ROUGH
+    x, _ = _newton(averages, x, averages.at(x, search=False), tolerance)
     values = averages.at(x, search=True)
-    if values.size < tolerance and tolerance >= ROUGH:
+    if rough and values.size < tolerance:
         return x, values
-    best, least = x, np.inf
+    best, least, leaps = x, np.inf, 0
     for _ in range(_SEARCHES):
-        x, size = _newton(averages, x, values, tolerance)
+        x, size = _newton(averages, x, values, tolerance, leaps=leaps)
         last, values = values.size, averages.at(x, search=True, elsewhere=True)
         if values.size < least:
             best, least = x, values.size
-        lowered = abs(values.size - size) > tolerance
-        if least < tolerance or not (lowered or values.size < 0.5 * last):
+        if least < tolerance:
             break
+        if abs(values.size - size) > tolerance or values.size < 0.5 * last:
+            continue  # minima were lowered, or the residual is still falling
+        if rough or leaps or x.size == 1:
+            break
+        # back onto the other equations, along whose curved valley the first is solved
+        leaps = _LEAPS
+        x, _ = _newton(averages, best, averages.at(best, search=False), _VALLEY, held=1)
+        values = averages.at(x, search=True)
     return best, values if best is x else averages.at(best, search=True, elsewhere=True)
 
 
@@ -201,18 +204,21 @@ def _newton(
     x: Float[np.ndarray, " n"],
     values: BlockValues,
     tolerance: float,
+    *,
     held: int = 0,
+    leaps: int = 0,
 ) -> tuple[Float[np.ndarray, " n"], float]:
     """Newton steps, bounded, shortened where the residual grows; the best point met.
 
-    The first ``held`` equations are left out, their unknowns stay.
+    The first ``held`` equations are left out, their unknowns stay.  ``leaps`` steps are taken whole
+    where no part of them lowers the residual.
     """
 
     def size(values: BlockValues) -> float:
         mean = values.mean[held:]
         return float(np.abs(mean).max()) if np.all(np.isfinite(mean)) else np.inf
 
-    best, least, leaps = x, size(values), 0
+    best, least = x, size(values)
     for _ in range(_NEWTON_STEPS):
         jacobian = values.jacobian[held : x.size, held:]
         if not size(values) > 0.1 * tolerance or not np.all(np.isfinite(jacobian)):
@@ -228,10 +234,9 @@ def _newton(
                 x, values = tries[-1]
                 break
         else:
-            # along a curved valley the residual grows on the way to the root
-            if leaps == _LEAPS or not np.isfinite(size(tries[0][1])):
+            if not leaps or not np.isfinite(size(tries[0][1])):
                 break
-            leaps += 1
+            leaps -= 1
             x, values = tries[0]
         if size(values) < least:
             best, least = x, size(values)
