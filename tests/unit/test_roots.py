@@ -9,7 +9,7 @@ from scipy.stats import binom, t
 
 from lora_theory.theory.averages import Averages, BlockValues
 from lora_theory.theory.nodes import gaussian_blocks
-from lora_theory.theory.roots import Root, first_good, solve, with_jumps
+from lora_theory.theory.roots import Root, first_good, refine, solve, with_jumps
 
 BLOCKS = 8
 #: x0 = .32 + p, x1 = √(2 x0); observables x0 + x1 E g² and x1 E exp(g/2), at p = 0.
@@ -152,6 +152,29 @@ def test_ways_to_a_root_are_tried_until_one_is_good(residuals, taken, tried):
 
     assert first_good(ways(), 1e-10).residual == taken
     assert len(asked) == tried
+
+
+def test_a_root_that_ends_at_jumps_is_taken_though_another_point_has_less_residual():
+    def ending(residual, noise):
+        return Root(np.zeros(1), np.zeros((1, 1)), residual, noise, np.ones(1), np.ones((1, 1)))
+
+    smooth, at_jumps = ending(0.015, 0.010), ending(0.018, 0.019)
+    assert first_good([smooth, at_jumps], 1e-10) is at_jumps
+
+
+def test_a_curved_valley_is_left():
+    """s² = c + (1 − m)², m = .996: from a point in the valley every part of a step climbs."""
+    c, start = 1e-6, np.array([np.log(0.012), 0.988])
+
+    def evaluate(x, block):
+        square, off = np.exp(2 * x[0]), 1 - x[1]
+        growth = (c + off**2) / square
+        return [growth - 1, 0.996 - x[1]], x, [
+            [-2 * growth, -2 * off / square], [0, -1], [1, 0], [0, 1],
+        ]  # fmt: skip
+
+    root = refine(explicit(evaluate, range(2)), start, tolerance=1e-10)
+    np.testing.assert_allclose(root.unknowns, [0.5 * np.log(c + 0.004**2), 0.996], rtol=1e-9)
 
 
 def test_an_equation_without_root_says_so():
