@@ -139,6 +139,11 @@ def test_a_discontinuous_equation_ends_below_its_noise():
     assert abs(root.unknowns[0] - ndtri(0.7)) < 5 * root.quadrature_error[0] + 1 / 128
 
 
+def ending(residual, noise=0.0):
+    """A root of which only the residual and its noise matter."""
+    return Root(np.zeros(1), np.zeros((1, 1)), residual, noise, np.ones(1), np.ones((1, 1)))
+
+
 @pytest.mark.parametrize(("residuals", "taken", "tried"), [
     ([1e-12, 1e-13], 1e-12, 1), ([0.3, 1e-12, 0.1], 1e-12, 2), ([0.3, 0.2, 0.5], 0.2, 3),
 ])  # fmt: skip
@@ -148,16 +153,13 @@ def test_ways_to_a_root_are_tried_until_one_is_good(residuals, taken, tried):
     def ways():
         for residual in residuals:
             asked.append(residual)
-            yield Root(np.zeros(1), np.zeros((1, 1)), residual, 0.0, np.ones(1), np.ones((1, 1)))
+            yield ending(residual)
 
     assert first_good(ways(), 1e-10).residual == taken
     assert len(asked) == tried
 
 
 def test_a_root_that_ends_at_jumps_is_taken_though_another_point_has_less_residual():
-    def ending(residual, noise):
-        return Root(np.zeros(1), np.zeros((1, 1)), residual, noise, np.ones(1), np.ones((1, 1)))
-
     smooth, at_jumps = ending(0.015, 0.010), ending(0.018, 0.019)
     assert first_good([smooth, at_jumps], 1e-10) is at_jumps
 
