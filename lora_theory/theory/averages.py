@@ -14,8 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+from lora_theory.theory.proximal import with_others
 
 __all__ = ["AWAY", "Averages", "BlockValues", "Equations", "in_parallel"]
 
@@ -78,23 +81,19 @@ class BlockValues(NamedTuple):
 class Equations(Protocol):
     """The equations of a stage, averaged over the nodes of a chunk."""
 
-    def begin(self, unknowns: Float[np.ndarray, " n"], chunk: Any) -> Any:
-        """Likely starts for the minima of the proximal operators."""
+    #: Starts of a search beside the known minima; 0 where the minima are known in closed form.
+    further: int = 0
 
-    def search(self, unknowns: Float[np.ndarray, " n"], chunk: Any, known: Any, away: float) -> Any:
-        """Minima from the ``known`` ones and further starts.
+    def likely(self, unknowns: Float[np.ndarray, " n"], chunk: Any) -> Any:
+        """Likely starts for the minima of the proximal operators, ``further`` ≥ 2 of them."""
+        return None
 
-        These are likely ones where ``away`` is 0, else minima of other nodes, the first of them
-        this share of the nodes of the chunk away.
-        """
+    def minima(self, unknowns: Float[np.ndarray, " n"], chunk: Any, starts: Any) -> Any:
+        """The lowest minimum reached from ``starts`` and its rival, per node."""
+        return None
 
-    def values(
-        self, unknowns: Float[np.ndarray, " n"], chunk: Any, minima: Any
-    ) -> tuple[BlockValues, Any]:
-        """Residuals, linear in the averages, and observables at the minima that ``minima`` lead to.
-
-        One row per block in ``chunk``; and those minima.
-        """
+    def values(self, unknowns: Float[np.ndarray, " n"], chunk: Any, minima: Any) -> BlockValues:
+        """Residuals, linear in the averages, and observables: one row per block in ``chunk``."""
 
 
 class Averages:
@@ -127,15 +126,13 @@ class Averages:
         away = AWAY * self._elsewhere % 1.0 if elsewhere else 0.0
 
         def one(index: int) -> BlockValues:
-            chunk, minima = self.chunks[index], self._minima[index]
-            if minima is None:
-                minima = self.equations.begin(unknowns, chunk)
-            if search:
-                minima = self.equations.search(unknowns, chunk, minima, away)
-            values, minima = self.equations.values(unknowns, chunk, minima)
-            if remember:
-                self._minima[index] = minima
-            return values
+            chunk, minima = self.chunks[index], None
+            if self.equations.further:
+                starts = self._starts(index, unknowns, search, away)
+                minima = self.equations.minima(unknowns, chunk, starts)
+                if remember:
+                    self._minima[index] = minima
+            return self.equations.values(unknowns, chunk, minima)
 
         parts = [one(0)] if len(self.chunks) == 1 else in_parallel(one, range(len(self.chunks)))
         residual = np.concatenate([part.residual for part in parts])
@@ -149,3 +146,14 @@ class Averages:
                 return np.asarray(rows.reshape(self.blocks, -1, rows.shape[1]).mean(axis=1))
 
         return BlockValues(by_block(residual), by_block(observables), jacobian)
+
+    def _starts(
+        self, index: int, unknowns: Float[np.ndarray, " n"], search: bool, away: float
+    ) -> Array:
+        """The last minima and further starts: always as many, for a repeated one costs nothing."""
+        known = self._minima[index]
+        if known is None or (search and not away):
+            likely = self.equations.likely(unknowns, self.chunks[index])
+            return jnp.concatenate([likely[:2] if known is None else known, likely])
+        started: Array = with_others(known, away if search else 0.0, self.equations.further)
+        return started

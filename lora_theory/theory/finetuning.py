@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from scipy.special import gammaincinv, ndtr
 
 from lora_theory.attention import attention
-from lora_theory.theory.averages import AWAY, BlockValues
+from lora_theory.theory.averages import AWAY, BlockValues, Equations
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
 from lora_theory.theory.pretraining import (
@@ -62,8 +62,7 @@ OBSERVABLES = (
     "potential", "overlap", "train_error", "jumps", "response", "growth",
 )  # fmt: skip
 
-# starts of the descents of the proximal operator: ω and the most promising of ±χ* and ±χ̂, or as
-# many minima of other nodes
+# of a search for the minima of LoRA: ω and the most promising of ±χ* and ±χ̂, or of other nodes
 _STARTS = 4
 # for the fields of re-used sequences: minima of other nodes per search, and searches
 _OTHERS, _SEARCHES = 2, 24
@@ -327,22 +326,19 @@ def _likely(unknowns: Array, fields: SoftmaxFields, task: Task) -> Array:
 
 
 @quickly_compiled()
-def _search(unknowns: Array, fields: SoftmaxFields, task: Task, starts: Array) -> Array:
+def _minima(unknowns: Array, fields: SoftmaxFields, task: Task, starts: Array) -> Array:
     found = softmax_lora_minima(*_arguments(unknowns, fields, task), starts)
     return found.both
 
 
 @quickly_compiled("blocks")
 def _softmax_values(
-    unknowns: Array, fields: SoftmaxFields, task: Task, held: Array, known: Array, blocks: int
-) -> tuple[Array, Array, Array]:
-    found = softmax_lora_minima(*_arguments(unknowns, fields, task), known)
-
+    unknowns: Array, fields: SoftmaxFields, task: Task, held: Array, minima: Array, blocks: int
+) -> tuple[Array, Array]:
     def output(point: _Point) -> _Output:
-        return _softmax_output(point, fields, found.point, task, blocks)
+        return _softmax_output(point, fields, minima[0], task, blocks)
 
-    rows, jacobian = with_jacobian(lambda x: _rows(x, output, task, held), unknowns)
-    return rows, jacobian, found.both
+    return with_jacobian(lambda x: _rows(x, output, task, held), unknowns)
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
@@ -352,7 +348,7 @@ def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
     return np.asarray(0.6 * np.clip(step, (-0.7, -0.7, -2.0), (0.7, 0.7, 2.0)))
 
 
-class LinearFinetuning:
+class LinearFinetuning(Equations):
     """Relative residuals of the LoRA equations and all observables at (log s, m/q0, log v).
 
     Args:
@@ -364,49 +360,37 @@ class LinearFinetuning:
     def __init__(self, task: Task, held: tuple[bool, bool], *, blocks: int) -> None:
         self._task, self._held, self._blocks = task, np.asarray(held), blocks
 
-    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields) -> None:
-        """Nothing to start from."""
-
-    def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, known: None, away: float
-    ) -> None:
-        """Nothing to search for: the global minimum is the root of one equation."""
-
     def values(
         self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, minima: None
-    ) -> tuple[BlockValues, None]:
+    ) -> BlockValues:
         """Residuals and observables of the blocks of a chunk."""
         out = _linear_values(unknowns, chunk, self._task, self._held, self._blocks)
-        return BlockValues.of(*out), None
+        return BlockValues.of(*out)
 
 
-class SoftmaxFinetuning:
+class SoftmaxFinetuning(Equations):
     """The same for softmax attention."""
+
+    further = _STARTS
 
     def __init__(self, task: Task, held: tuple[bool, bool], *, blocks: int) -> None:
         self._task, self._held, self._blocks = task, np.asarray(held), blocks
 
-    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields) -> Array:
-        """ω, and the best of the other starts."""
+    def likely(self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields) -> Array:
+        """ω and the most promising of ±χ* and ±χ̂."""
         starts: Array = _likely(unknowns, chunk, self._task)
-        return starts[:2]
+        return starts
 
-    def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, known: Array, away: float
+    def minima(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, starts: Array
     ) -> Array:
         """The lowest minimum of prox and its rival, (2, T, nodes)."""
-        if away:
-            starts = with_others(known, away, _STARTS)
-        else:
-            starts = jnp.concatenate([_likely(unknowns, chunk, self._task), known])
-        found: Array = _search(unknowns, chunk, self._task, starts)
+        found: Array = _minima(unknowns, chunk, self._task, starts)
         return found
 
     def values(
         self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, minima: Array
-    ) -> tuple[BlockValues, Array]:
+    ) -> BlockValues:
         """Residuals and observables of the blocks of a chunk."""
-        rows, jacobian, minima = _softmax_values(
-            unknowns, chunk, self._task, self._held, minima, self._blocks
-        )
-        return BlockValues.of(rows, jacobian), minima
+        out = _softmax_values(unknowns, chunk, self._task, self._held, minima, self._blocks)
+        return BlockValues.of(*out)

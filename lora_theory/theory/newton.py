@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 __all__ = ["Expansion", "Objective", "inverse_trace", "minimise", "solve_positive_definite"]
 
-_COMMON_STEPS, _SMALLEST_GROUP = 6, 64
+# few nodes are this share of all; they are finished in groups of this share
+_FEW, _GROUPS, _SMALLEST_GROUP = 4, 16, 64
 
 
 class Expansion(NamedTuple):
@@ -87,6 +88,7 @@ def minimise(
     data: tuple[Array, ...],
     curvature: Float[Array, ""],
     *,
+    wanted: Bool[Array, " nodes"],
     tolerance: float,
     max_steps: int,
 ) -> tuple[Float[Array, "n nodes"], Float[Array, " nodes"]]:
@@ -94,64 +96,68 @@ def minimise(
 
     Newton steps on H + μI; μ grows where H + μI is not positive definite or the objective does
     not fall, and shrinks where it does.  A node stops once its undamped step is below
-    ``tolerance``·(1 + |u|); Newton converges quadratically, so that step leaves its square.  After
-    a few steps on all nodes, the slow ones are gathered and finished in small groups.
+    ``tolerance``·(1 + |u|); Newton converges quadratically, so that step leaves its square.  Once
+    few nodes are left, they are gathered and finished in small groups.
 
     Args:
         objective: value, gradient and Hessian at (n, nodes) points, given ``data``.
         data: what the objective depends on, nodes last.
         curvature: natural scale of the Hessian, the first nonzero μ.
+        wanted: the nodes to descend on; the others keep their start, with value inf.
+        max_steps: for all nodes together and again for each group.
     """
     nodes = start.shape[-1]
-    first = objective(start, *data)
-    state = _State(jnp.zeros(nodes, int), start, *first, jnp.zeros(nodes), jnp.zeros(nodes, bool))
+    group = min(max(_SMALLEST_GROUP, nodes // _GROUPS), nodes)
+    state = _State(start, jnp.full(nodes, jnp.inf), jnp.zeros(nodes), ~wanted)
 
-    def descend(state: _State, data: tuple[Array, ...], rounds: int) -> _State:
-        def unfinished(carry: tuple[Array, _State]) -> Array:
-            return (carry[0] < rounds) & ~jnp.all(carry[1].done)
+    def descend(state: _State, data: tuple[Array, ...], left: int) -> _State:
+        def unfinished(carry: _Carry) -> Array:
+            return jnp.sum(~carry[1].done) > left
 
-        def step(carry: tuple[Array, _State]) -> tuple[Array, _State]:
-            new = _step(objective, carry[1], data, curvature, tolerance, max_steps)
-            return carry[0] + 1, new
+        def step(carry: _Carry) -> _Carry:
+            return _step(objective, *carry, data, curvature, tolerance, max_steps)
 
-        return jax.lax.while_loop(unfinished, step, (jnp.asarray(0), state))[1]
-
-    group = max(_SMALLEST_GROUP, nodes // 16)
-    if group >= nodes:
-        state = descend(state, data, max_steps)
-        return state.point, state.value
-    state = descend(state, data, _COMMON_STEPS)
+        # the first step, of length zero, finds gradient and Hessian
+        gradient = jnp.zeros_like(state.point)
+        hessian = jnp.eye(len(gradient))[:, :, None] + gradient[None]
+        return jax.lax.while_loop(unfinished, step, (jnp.asarray(0), state, gradient, hessian))[1]
 
     def finish(state: _State) -> _State:
         slow = jnp.argsort(state.done)[:group]
         part = _State(*(entry[..., slow] for entry in state))
-        part = descend(part, tuple(entry[..., slow] for entry in data), max_steps)
+        part = descend(part, tuple(entry[..., slow] for entry in data), 0)
         both = zip(state, part, strict=True)
         return _State(*(entry.at[..., slow].set(new) for entry, new in both))
 
+    if group < nodes:
+        state = descend(state, data, nodes // _FEW)
     state = jax.lax.while_loop(lambda state: ~jnp.all(state.done), finish, state)
     return state.point, state.value
 
 
 class _State(NamedTuple):
-    steps: Float[Array, " nodes"]
     point: Float[Array, "n nodes"]
     value: Float[Array, " nodes"]
-    gradient: Float[Array, "n nodes"]
-    hessian: Float[Array, "n n nodes"]
     damping: Float[Array, " nodes"]
-    done: Float[Array, " nodes"]
+    done: Bool[Array, " nodes"]
+
+
+#: Steps so far, state, gradient and Hessian.
+_Carry = tuple[Array, _State, Array, Array]
 
 
 def _step(
     objective: Objective,
+    count: Array,
     state: _State,
+    gradient: Array,
+    hessian: Array,
     data: tuple[Array, ...],
     curvature: Array,
     tolerance: float,
     max_steps: int,
-) -> _State:
-    steps, point, value, gradient, hessian, damping, done = state
+) -> _Carry:
+    point, value, damping, done = state
     damped = hessian + damping * jnp.eye(point.shape[0])[:, :, None]
     move = solve_positive_definite(damped, gradient, instead=jnp.nan)
     candidate = point - move
@@ -160,15 +166,18 @@ def _step(
     # false where the value is NaN: a damped Hessian that is not positive definite
     accepted = falls & jnp.isfinite(new.value) & ~done
     small = jnp.max(jnp.abs(move), 0) <= tolerance * (1 + jnp.max(jnp.abs(point), 0))
-    converged = accepted & small & (damping <= curvature * 1e-3)
+    converged = accepted & small & (damping <= curvature * 1e-3) & (count > 0)
     smaller = jnp.where(damping <= 1e-2 * curvature, 0.0, damping / 6)
     larger = jnp.maximum(4 * damping, curvature)
-    return _State(
-        steps + 1,
+    moved = _State(
         jnp.where(accepted, candidate, point),
         jnp.where(accepted, new.value, value),
+        jnp.where(accepted, smaller, larger),
+        done | converged | (count + 1 >= max_steps),
+    )
+    return (
+        count + 1,
+        moved,
         jnp.where(accepted, new.gradient, gradient),
         jnp.where(accepted, new.hessian, hessian),
-        jnp.where(accepted, smaller, larger),
-        done | converged | (steps + 1 >= max_steps),
     )

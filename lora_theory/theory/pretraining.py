@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
 from lora_theory.problem import Problem
-from lora_theory.theory.averages import BlockValues
+from lora_theory.theory.averages import BlockValues, Equations
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.errors import effective_noise
 from lora_theory.theory.fields import field_basis, to_fields
@@ -28,7 +28,6 @@ from lora_theory.theory.proximal import (
     Proximal,
     softmax_field_minima,
     softmax_field_proximal,
-    with_others,
 )
 from lora_theory.theory.roots import log_ratio
 from lora_theory.theory.spectrum import learned_rank, truncated_second_moment
@@ -61,8 +60,6 @@ OBSERVABLES = (
 # floors that keep the equations finite where the weights vanish: S² and V
 _SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
 _EPSILON = float(np.finfo(float).eps)
-# nodes whose minima a search elsewhere starts at: as many as there are likely starts
-_OTHERS = 2
 
 
 class Constants(NamedTuple):
@@ -284,12 +281,12 @@ def _at(
 
 
 @quickly_compiled("tokens")
-def _begin(unknowns: Array, nodes: Labels, constants: Constants, tokens: int) -> Array:
+def _likely(unknowns: Array, nodes: Labels, constants: Constants, tokens: int) -> Array:
     return _at(unknowns, nodes, constants, tokens)[3]
 
 
 @quickly_compiled("tokens")
-def _search(
+def _minima(
     unknowns: Array, nodes: Labels, constants: Constants, starts: Array, tokens: int
 ) -> Array:
     labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
@@ -299,70 +296,50 @@ def _search(
 
 @quickly_compiled("tokens", "blocks")
 def _softmax_values(
-    unknowns: Array, nodes: Labels, constants: Constants, known: Array, tokens: int, blocks: int
-) -> tuple[Array, Array, Array]:
-    labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
-    found = softmax_field_minima(labels, frozen, V, known)
-
+    unknowns: Array, nodes: Labels, constants: Constants, minima: Array, tokens: int, blocks: int
+) -> tuple[Array, Array]:
     def output(Q: Array, M: Array, V: Array) -> _Output:
         V = jnp.maximum(V, SMALLEST_VARIANCE)
-        return _softmax_output(Q, M, V, nodes, found.point, constants, tokens, blocks)
+        return _softmax_output(Q, M, V, nodes, minima[0], constants, tokens, blocks)
 
-    rows, jacobian = with_jacobian(lambda x: _rows(x, output, constants), unknowns)
-    return rows, jacobian, found.both
+    return with_jacobian(lambda x: _rows(x, output, constants), unknowns)
 
 
-class LinearPretraining:
+class LinearPretraining(Equations):
     """Relative residuals of (Q̂, M̂, V̂) and all observables at log(Q̂, M̂, V̂): closed."""
 
     def __init__(self, constants: Constants, *, tokens: int) -> None:
         self._constants, self._tokens = constants, tokens
 
-    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: None) -> None:
-        """Nothing to start from."""
-
-    def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: None, known: None, away: float
-    ) -> None:
-        """Nothing to search for."""
-
-    def values(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: None, minima: None
-    ) -> tuple[BlockValues, None]:
+    def values(self, unknowns: Float[np.ndarray, " 3"], chunk: None, minima: None) -> BlockValues:
         """Residuals and observables, exact: one block."""
-        return BlockValues.of(*_linear_values(unknowns, self._constants, self._tokens)), None
+        return BlockValues.of(*_linear_values(unknowns, self._constants, self._tokens))
 
 
-class SoftmaxPretraining:
+class SoftmaxPretraining(Equations):
     """The same averaged over nodes; ``blocks`` is the number of blocks in a chunk."""
+
+    further = 2
 
     def __init__(self, constants: Constants, *, tokens: int, blocks: int) -> None:
         self._constants, self._tokens, self._blocks = constants, tokens, blocks
 
-    def begin(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels) -> Array:
+    def likely(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels) -> Array:
         """z and z^y."""
-        starts: Array = _begin(unknowns, chunk, self._constants, self._tokens)
+        starts: Array = _likely(unknowns, chunk, self._constants, self._tokens)
         return starts
 
-    def search(
-        self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, known: Array, away: float
-    ) -> Array:
+    def minima(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, starts: Array) -> Array:
         """The lowest minimum of Prox_V and its rival, (2, n, nodes)."""
-        if away:
-            starts = with_others(known, away, _OTHERS)
-        else:
-            starts = jnp.concatenate([self.begin(unknowns, chunk), known])
-        found: Array = _search(unknowns, chunk, self._constants, starts, self._tokens)
+        found: Array = _minima(unknowns, chunk, self._constants, starts, self._tokens)
         return found
 
     def values(
         self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, minima: Array
-    ) -> tuple[BlockValues, Array]:
+    ) -> BlockValues:
         """Residuals and observables of the blocks of a chunk."""
-        rows, jacobian, minima = _softmax_values(
-            unknowns, chunk, self._constants, minima, self._tokens, self._blocks
-        )
-        return BlockValues.of(rows, jacobian), minima
+        out = _softmax_values(unknowns, chunk, self._constants, minima, self._tokens, self._blocks)
+        return BlockValues.of(*out)
 
 
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:

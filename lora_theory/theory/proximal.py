@@ -205,13 +205,16 @@ def softmax_lora_proximal(
 def _two_lowest(
     objective: Objective, starts: Array, data: tuple[Array, ...], curvature: Array
 ) -> Minima:
-    def descend(start: Array) -> tuple[Array, Array]:
+    def descend(start: tuple[Array, Array]) -> tuple[Array, Array]:
         return minimise(
-            objective, start, data, curvature, tolerance=_TOLERANCE, max_steps=_MAX_STEPS
-        )
+            objective, start[0], data, curvature,
+            wanted=start[1], tolerance=_TOLERANCE, max_steps=_MAX_STEPS,
+        )  # fmt: skip
 
-    found, values = jax.lax.map(descend, starts)
-    values = jnp.where(jnp.isnan(values), jnp.inf, values)  # of a start that was not finite
+    same = jnp.all(starts[:, None] == starts[None], axis=2)
+    earlier = jnp.tri(len(starts), k=-1, dtype=bool)[:, :, None]
+    first = ~jnp.any(same & earlier, axis=1)
+    found, values = jax.lax.map(descend, (starts, first))
     found = jnp.moveaxis(found, 0, 1)
 
     def pick(index: Array) -> Array:
@@ -299,8 +302,8 @@ def with_others(
 ) -> Float[Array, "known+count n nodes"]:
     """The minima and, as further starts, the first ones of ``count`` other nodes.
 
-    ``away`` is how far the first of these is, as a share of all nodes.
+    ``away`` is how far the first of these is, as a share of all nodes; 0: of the node itself.
     """
-    shifts = (away + _GOLDEN * jnp.arange(count)) % 1.0 * minima.shape[-1]
+    shifts = jnp.sign(away) * (away + _GOLDEN * jnp.arange(count)) % 1.0 * minima.shape[-1]
     others = [jnp.roll(minima[0], shift.astype(int), axis=-1) for shift in shifts]
     return jnp.concatenate([minima, jnp.stack(others)])

@@ -26,8 +26,10 @@ __all__ = [
 _SEARCHES, _NEWTON_STEPS, _LONGEST_STEP = 8, 12, 0.5
 # of a Newton step, what is tried until the residual falls; whole steps that may be taken regardless
 _PARTS, _LEAPS = (1, 1 / 4, 1 / 16, 1 / 64), 3
-# residual on a few nodes that is good enough to go on with all of them
-ROUGH, _SCAN_RESIDUAL, _VALLEY = 0.03, 1e-2, 1e-8
+# Newton's method stalls where it leaves this part of a residual, for jumps: how often it may
+_STALLED, _STALLS = 0.1, 3
+# residuals good enough: on a few nodes to go on with all, before a search, in a curved valley
+ROUGH, _LOOSE, _VALLEY = 0.03, 1e-2, 1e-8
 _BASIN_ROUNDS, _BASIN_STEPS, _BASIN_RESIDUAL = 4, 12, 0.2
 # of the damped steps, those whose minima are searched for; the others follow them
 _SEARCH_EVERY = 4
@@ -173,22 +175,25 @@ def _near(
 
     Newton's method follows the minima of the proximal operators; they are searched anew where it
     has converged, until the residual is below the tolerance there, or no minimum is lowered and the
-    residual no longer halves.  Only searches elsewhere are believed; a rough root needs none.
+    residual no longer halves, or Newton's method has stalled too often.  Only searches elsewhere
+    are believed; a rough root needs none.
     """
     rough = tolerance >= ROUGH
-    x, _ = _newton(averages, x, averages.at(x, search=False), tolerance)
+    x, _ = _newton(averages, x, averages.at(x, search=False), max(tolerance, _LOOSE))
     values = averages.at(x, search=True)
     if rough and values.size < tolerance:
         return x, values
-    best, least, leaps = x, np.inf, 0
+    best, least, leaps, stalls = x, np.inf, 0, 0
     for _ in range(_SEARCHES):
         x, size = _newton(averages, x, values, tolerance, leaps=leaps)
+        stalls += size > max(tolerance, _STALLED * values.size)
         last, values = values.size, averages.at(x, search=True, elsewhere=True)
         if values.size < least:
             best, least = x, values.size
         if least < tolerance:
             break
-        if abs(values.size - size) > tolerance or values.size < 0.5 * last:
+        falling = abs(values.size - size) > tolerance or values.size < 0.5 * last
+        if falling and stalls < _STALLS:
             continue  # minima were lowered, or the residual is still falling
         if rough or leaps or x.size == 1:
             break
@@ -253,7 +258,7 @@ def _scan(
     last, before = x, math.nan
     for value in grid:
         x = np.concatenate([[value], last[1:]])
-        x, _ = _newton(averages, x, averages.at(x, search=False), _SCAN_RESIDUAL, held=1)
+        x, _ = _newton(averages, x, averages.at(x, search=False), _LOOSE, held=1)
         values = averages.at(x, search=True)
         first, *others = values.mean
         if not np.all(np.abs(others) < ROUGH):

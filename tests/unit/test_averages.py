@@ -7,7 +7,7 @@ import pytest
 
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
-from lora_theory.theory.averages import Averages, BlockValues
+from lora_theory.theory.averages import Averages, BlockValues, Equations
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import gaussian_blocks
 from lora_theory.theory.roots import solve
@@ -19,17 +19,19 @@ TASK = lora.Task(samples=3.0, penalty=0.2, signal=1.3, label_variance=1.75)
 CONSTANTS = pre.Constants(samples=0.5, scaled_penalty=0.05, teacher_rank=0.5, label_variance=1.75)
 
 
-class Remembering:
-    """Means of functions of the nodes; minima are lists of what has happened to a chunk."""
+class Remembering(Equations):
+    """Means of functions of the nodes; minima count how often they have been followed."""
+
+    further = 2
 
     def __init__(self, together: int) -> None:
         self.together, self.types = together, set()
 
-    def begin(self, unknowns, chunk):
-        return ["begin"]
+    def likely(self, unknowns, chunk):
+        return jnp.zeros((2, 1, 2 * chunk.shape[1]))
 
-    def search(self, unknowns, chunk, known, away):
-        return [*known, "search"]
+    def minima(self, unknowns, chunk, starts):
+        return starts[:2] + 1
 
     def values(self, unknowns, chunk, minima):
         self.types.add(jnp.zeros(()).dtype.name)
@@ -44,7 +46,7 @@ class Remembering:
             ]
         )
         rows = np.stack([row.mean(axis=-1) for row in rows], axis=1)
-        return BlockValues.of(rows, slopes), [*minima, "values"]
+        return BlockValues.of(rows, slopes)
 
 
 def whole_nodes(dimension: int) -> np.ndarray:
@@ -160,28 +162,41 @@ def test_minima_are_remembered_between_evaluations():
     averages.at(point, search=False)
     averages.at(point, search=True)
     averages.at(point + 0.1, search=False)
-    history = ["begin", "values", "search", "values", "values"]
-    assert averages._minima == [history] * 2
+    assert [np.unique(minima).tolist() for minima in averages._minima] == [[3]] * 2
     averages.at(point + 0.2, search=False, remember=False)
-    assert averages._minima == [history] * 2
+    assert [np.unique(minima).tolist() for minima in averages._minima] == [[3]] * 2
     assert averages.first(1)._minima == [None], "others of their own"
 
 
-def test_searches_elsewhere_start_at_other_nodes_in_turn():
-    turns = []
+def test_starts_are_the_known_minima_and_further_ones():
+    """Likely ones, the same again where minima are followed, or of other nodes, each time anew."""
+    seen = []
 
     class Noting(Remembering):
-        def search(self, unknowns, chunk, known, away):
-            turns.append(away)
-            return known
+        def likely(self, unknowns, chunk):
+            own = jnp.arange(2.0 * chunk.shape[1])
+            return jnp.stack([own, -own])[:, None]
+
+        def minima(self, unknowns, chunk, starts):
+            seen.append(np.asarray(starts[:, 0]))
+            return starts[:2]
 
     averages = Averages(Noting(BLOCKS), [whole_nodes(2)], BLOCKS)
-    for elsewhere in (False, True, True, False, True):
-        averages.at(np.array([0.7, 0.2]), search=True, elsewhere=elsewhere)
-    own, *others = turns[0], turns[1], turns[2], turns[4]
-    assert own == turns[3] == 0
-    assert len(set(others)) == 3
-    assert all(0 < away < 1 for away in others)
+    point = np.array([0.7, 0.2])
+    averages.at(point, search=False)
+    averages.at(point, search=True)
+    averages.at(point, search=False)
+    for _ in range(2):
+        averages.at(point, search=True, elsewhere=True)
+    own = np.arange(seen[0].shape[1])
+    for starts in seen:
+        np.testing.assert_array_equal(starts[:2], [own, -own])
+    for starts, further in zip(seen[:3], ([own, -own], [own, -own], [own, own]), strict=True):
+        np.testing.assert_array_equal(starts[2:], further)
+    away = [int(start[0]) for starts in seen[3:] for start in starts[2:]]
+    assert len({0, *away}) == 5
+    for start, shift in zip(np.concatenate([seen[3][2:], seen[4][2:]]), away, strict=True):
+        np.testing.assert_array_equal(start, np.roll(own, -shift))
 
 
 @pytest.mark.slow

@@ -72,11 +72,12 @@ def test_minimise_descends_to_known_minima():
     starts = 3 * np.random.default_rng(5).standard_normal((2, 300))
     with jax.enable_x64(True):
         run = partial(minimise, curvature=jnp.asarray(1.0), tolerance=1e-9, max_steps=200)
-        points, values = run(valley, jnp.asarray(starts), (jnp.full(300, 10.0),))
+        everywhere = jnp.ones(300, bool)
+        points, values = run(valley, jnp.asarray(starts), (jnp.full(300, 10.0),), wanted=everywhere)
         np.testing.assert_allclose(points, 1.0, rtol=1e-9)
         np.testing.assert_allclose(values, 0.0, atol=1e-15)
         sides, tilt = jnp.asarray([[-0.9, -2.0, 0.9, 2.0]]), jnp.full((1, 4), 0.2)
-        points, values = run(well, sides, (tilt,))
+        points, values = run(well, sides, (tilt,), wanted=everywhere[:4])
         np.testing.assert_array_equal(np.sign(points), np.sign(sides))
         np.testing.assert_allclose(4 * points * (points**2 - 1) + 0.2, 0, atol=1e-12)
         np.testing.assert_allclose(values, well(points, tilt).value, rtol=1e-14)
@@ -84,18 +85,24 @@ def test_minimise_descends_to_known_minima():
 
 
 def test_slow_nodes_are_finished_in_groups():
-    """1,200 nodes of which any share is slow: every one arrives."""
+    """1,200 nodes of which any share is slow, or wanted: these arrive, the others stay."""
     rng = np.random.default_rng(6)
     with jax.enable_x64(True):
 
         @jax.jit
-        def run(starts):
-            data, curvature = (jnp.full(1200, 10.0),), jnp.asarray(1.0)
-            return minimise(valley, starts, data, curvature, tolerance=1e-9, max_steps=3000)
+        def run(starts, wanted):
+            data, curvature, ends = (jnp.full(1200, 10.0),), jnp.asarray(1.0), (1e-9, 3000)
+            return minimise(
+                valley, starts, data, curvature,
+                wanted=wanted, tolerance=ends[0], max_steps=ends[1],
+            )  # fmt: skip
 
         for share in (0.0, 0.01, 0.5, 1.0):
             far = rng.random(1200) < share
             starts = 1.01 + far * 30 * rng.standard_normal((2, 1200))
-            points, values = run(jnp.asarray(starts))
-            np.testing.assert_allclose(points, 1.0, rtol=1e-9)
-            np.testing.assert_allclose(values, 0.0, atol=1e-15)
+            wanted = rng.random(1200) < rng.choice([0.03, 0.5, 1.1])
+            points, values = map(np.asarray, run(jnp.asarray(starts), jnp.asarray(wanted)))
+            np.testing.assert_allclose(points[:, wanted], 1.0, rtol=1e-9)
+            np.testing.assert_array_equal(points[:, ~wanted], starts[:, ~wanted])
+            np.testing.assert_allclose(values[wanted], 0.0, atol=1e-15)
+            assert np.all(values[~wanted] == np.inf)

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import ndtri
 from scipy.stats import binom, t
 
-from lora_theory.theory.averages import Averages, BlockValues
+from lora_theory.theory.averages import Averages, BlockValues, Equations
 from lora_theory.theory.nodes import gaussian_blocks
 from lora_theory.theory.roots import Root, first_good, refine, solve, with_jumps
 
@@ -16,21 +16,15 @@ BLOCKS = 8
 EXACT = np.array([0.32 + 0.8, 0.8 * np.exp(1 / 8)])
 
 
-class Explicit:
+class Explicit(Equations):
     """Equations without minima: residuals, observables and Jacobian of a chunk by one function."""
 
     def __init__(self, evaluate: Callable) -> None:
         self.evaluate = evaluate
 
-    def begin(self, unknowns, chunk):
-        pass
-
-    def search(self, unknowns, chunk, known, away):
-        pass
-
     def values(self, unknowns, chunk, minima):
         residual, observables, jacobian = map(np.asarray, self.evaluate(unknowns, chunk))
-        return BlockValues(residual[None], observables[None], jacobian), None
+        return BlockValues(residual[None], observables[None], jacobian)
 
 
 def explicit(evaluate: Callable, blocks: Iterable) -> Averages:
