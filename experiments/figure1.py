@@ -18,7 +18,7 @@ import pandas as pd
 from figure_tools import CURVES, Experiment, Profile, simulation_rows, solved, theory_rows
 from matplotlib.figure import Figure
 
-from lora_theory import Finetuning, Pretraining, Problem
+from lora_theory import Finetuning, Pretraining, Problem, Status
 
 BASE = {"pretraining.samples": 0.1, "finetuning.samples": 3.0}
 BASE |= {"pretraining.penalty": 0.1, "finetuning.penalty": 0.5}
@@ -109,6 +109,8 @@ def _draw_panel(panel: Any, part: pd.DataFrame, axis: str, observable: str) -> N
         here = chosen[chosen["level"] == level]
         theory = here[here["source"] == "theory"].sort_values(axis)
         panel.plot(theory[axis], theory["value"], dashes, color=color, label=f"{level:g}")
+        ties = theory[theory["status"] == Status.TIE.value]
+        panel.plot(ties[axis], ties["value"], "x", color=color, ms=5, mew=1.2)
         points = here[(here["source"] == "simulation") & (here["start"] == "informed")]
         panel.errorbar(
             points[axis], points["value"], points["error"],
@@ -126,6 +128,7 @@ def caption(table: pd.DataFrame) -> str:
     unsolved = table[(table["source"] == "theory") & (table["status"] == "not_converged")]
     errors = solved(table[(table["source"] == "theory") & (table["observable"] != "overlap")])
     error = (errors["error"] / errors["value"]).max()
+    ties = (errors["status"] == Status.TIE.value).sum() // 2
     return (
         "**Figure 1.** Test error E' (label noise included) and overlap o after rank-one LoRA, for "
         "softmax and linear attention. Lines: theory; dotted: frozen weights without LoRA; "
@@ -136,6 +139,8 @@ def caption(table: pd.DataFrame) -> str:
         "vary others, q0, the ranges of the axes). At finite D the errors carry an O(1/√D) offset. "
         f"Largest quadrature error of a theory point: {error:.1%}; "
         f"theory points left out as not converged: {unsolved['level'].count() // 3}. "
+        f"Crosses ({ties} points): ties, where the potentials of the informed and of another "
+        "branch differ by less than their errors, and either may be the solution. "
         "Where λ is so large that the weights vanish, the curves no longer depend on it. "
         "The table also holds the lowest of two random starts."
     )
