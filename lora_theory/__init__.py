@@ -5,6 +5,7 @@ from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.status import Status
+from lora_theory.sweeps import load, sweep
 from lora_theory.theory import (
     EffectiveNoise,
     Prediction,
@@ -27,8 +28,10 @@ __all__ = [
     "Status",
     "compare",
     "finetune",
+    "load",
     "measure_noise",
     "predict",
     "predict_many",
     "simulate",
+    "sweep",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.status import Status
+from lora_theory.sweeps import simulation_of, sweep
 from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPrediction, predict
 
 __all__ = ["Agreement", "Comparison", "agreements", "compare", "extrapolate"]
@@ -86,6 +88,7 @@ def compare(
     dtype: str = "float64",
     device: str | None = None,
     nodes: int | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Predict, simulate at one or several D, and say how far apart the two are.
@@ -101,6 +104,8 @@ def compare(
         dims: D, or several different D. seeds: runs per D, at least 2.
         seed, starts, dtype, device, progress: as in :func:`lora_theory.simulate`.
         nodes: as in :func:`lora_theory.predict`.
+        out: folder of a :func:`lora_theory.sweep` that keeps every run: an interrupted call goes
+            on where it stopped, and more D or seeds add to the runs that are there.
 
     Raises:
         ProblemError: an argument is not allowed.
@@ -122,19 +127,14 @@ def compare(
     for dim in several:
         Sizes.of(problem, dim)  # refuses here what would fail after hours
     prediction = predict(problem, nodes=nodes)
-    simulations = tuple(
-        simulate(
-            problem,
-            dim,
-            seeds,
-            seed=seed,
-            starts=max(starts, 1),
-            dtype=dtype,
-            device=device,
-            progress=progress,
+    effort: dict[str, Any] = {"starts": max(starts, 1), "dtype": dtype, "device": device}
+    if out is None:
+        simulations = tuple(
+            simulate(problem, dim, seeds, seed=seed, **effort, progress=progress) for dim in several
         )
-        for dim in several
-    )
+    else:
+        runs = {"dims": several, "seeds": seeds, "seeds_per_task": 1, "seed": seed}
+        simulations = tuple(_kept(problem, runs, effort, out, progress))
     statuses = [prediction.status, *(simulation.status for simulation in simulations)]
     failed = Status.NOT_CONVERGED in statuses
     return Comparison(
@@ -144,6 +144,25 @@ def compare(
         simulations=simulations,
         agreements=agreements(prediction, {s.dim: pd.DataFrame(s.runs) for s in simulations}),
     )
+
+
+def _kept(
+    problem: Problem,
+    runs: Mapping[str, Any],
+    effort: Mapping[str, Any],
+    out: str | os.PathLike[str],
+    progress: bool,
+) -> Iterator[Simulation]:
+    """The simulations of a sweep of one point, computed in this process where they are missing."""
+    spec = {
+        **runs,
+        "sources": ["simulation"],
+        "problem": {name: entry for name, entry in problem.to_dict().items() if entry is not None},
+        "simulation": {name: entry for name, entry in effort.items() if entry is not None},
+    }
+    table = sweep(spec, out, workers=0, progress=progress)
+    for dim in runs["dims"]:
+        yield simulation_of(problem, table[table["dim"] == dim])
 
 
 def agreements(prediction: Prediction, runs: Mapping[int, pd.DataFrame]) -> tuple[Agreement, ...]:

@@ -1,4 +1,4 @@
-"""The five commands: what each accepts, calls and prints."""
+"""The commands: what each accepts, calls and prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import lora_theory
 from lora_theory.cli.exits import Exit
-from lora_theory.cli.flags import Command, Given, Setting
+from lora_theory.cli.flags import PROGRAM, Command, Given, Setting
 from lora_theory.cli.progress import announced
 from lora_theory.problem import Problem, ProblemError
 
@@ -46,6 +46,28 @@ def _compare(request: Given) -> int:
     with announced("predicting, then simulating", counting=False):
         comparison = compare(_asked(request), **request.settings, progress=show)
     return _deliver(request, comparison, comparison_table, comparison.status.is_solved)
+
+
+def _sweep(request: Given) -> int:
+    from lora_theory.cli.tables import plan_table, sweep_table
+    from lora_theory.sweeps import Summary, SweepError, plan, sweep
+
+    settings = dict(request.settings)
+    spec, out = settings.pop("spec"), settings.pop("out")
+    if settings.pop("dry_run", False):
+        return _deliver(request, plan(spec, out), plan_table, True)
+    again = f"the same command goes on where it stopped; what is finished is in {out}"
+    try:
+        table = sweep(spec, out, **settings, progress=sys.stderr is not None)
+    except KeyboardInterrupt:
+        print(f"interrupted: {again}", file=sys.stderr)
+        return Exit.INTERRUPTED
+    except (OSError, SweepError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        print(f"{PROGRAM} sweep stopped: {reason or error}; {again}", file=sys.stderr)
+        return Exit.NOT_WRITTEN
+    summary = Summary.of(table, out)
+    return _deliver(request, summary, sweep_table, summary.solved)
 
 
 def _figures(request: Given) -> int:
@@ -213,8 +235,46 @@ COMMANDS = {
                 ),
                 *_simulation_settings(2, starts=1),
                 _NODES,
+                Setting("out", "folder that keeps every run, to go on from", metavar="DIR"),
             ),
             _compare,
+        ),
+        Command(
+            "sweep",
+            "Compute many points of theory and simulation into a folder; run again, it goes on.",
+            (
+                Setting(
+                    "spec",
+                    "TOML file of the sweep",
+                    "the name of a TOML file",
+                    "file",
+                    "FILE",
+                    required=True,
+                ),
+                Setting("out", "folder of the results", "a folder", metavar="DIR", required=True),
+                Setting(
+                    "workers",
+                    "processes on this machine; 0: this one. By default one per core",
+                    "an integer ≥ 0",
+                    "natural",
+                    "N",
+                ),
+                Setting(
+                    "scheduler",
+                    "address of a dask scheduler, whose workers compute instead",
+                    metavar="TCP",
+                ),
+                Setting("threads", "of each worker here", "an integer ≥ 1", "integer", "N", 1),
+                Setting(
+                    "dry_run",
+                    "list the tasks, expected time and memory",
+                    "",
+                    "switch",
+                    "",
+                ),
+            ),
+            _sweep,
+            takes_problem=False,
         ),
         Command(
             "figures",

@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     name: str
     meaning: str
     allowed: str = ""
-    kind: Literal["integer", "natural", "integers", "number", "text", "switch"] = "text"
+    kind: Literal["integer", "natural", "integers", "number", "text", "switch", "file"] = "text"
     metavar: str = "TEXT"
     default: Any = None  # for the help; the call knows its default itself
     required: bool = False
@@ -145,7 +145,7 @@ def _problem(parsed: Any) -> Problem:
 def _converted(setting: Setting, value: Any) -> Any:
     if setting.kind == "integers":
         return [_converted(setting._replace(kind="integer"), text) for text in value]
-    if setting.kind in ("text", "switch"):
+    if setting.kind in ("text", "switch", "file"):
         return value
     converted = number(value)
     wrong = not isinstance(converted, int) and (
@@ -202,7 +202,10 @@ def _setting_field(setting: Setting) -> Any:
     if setting.default is not None:
         hint = f"(default: {setting.default})"
     text = "; ".join(part for part in (setting.meaning, setting.allowed) if part)
-    return _field(setting.name, kind, setting.metavar, text, default=default, hint=hint)
+    return _field(
+        setting.name, kind, setting.metavar, text,
+        default=default, hint=hint, positional=setting.kind == "file",
+    )  # fmt: skip
 
 
 def _field(

@@ -16,12 +16,19 @@ from lora_theory.status import Status
 if TYPE_CHECKING:
     from lora_theory.compare import Comparison
     from lora_theory.simulation import Simulation
+    from lora_theory.sweeps import Plan, Summary
+    from lora_theory.sweeps.tasks import Task
     from lora_theory.theory import Prediction
 
-__all__ = ["aligned", "comparison_table", "prediction_table", "simulation_table"]
+__all__ = [
+    "aligned", "comparison_table", "plan_table", "prediction_table", "simulation_table",
+    "sweep_table",
+]  # fmt: skip
 
 #: A relative error this small is floating-point noise in an exact number.
 _ROUNDING = 1e-12
+#: Tasks that a plan lists by name.
+_SHOWN = 20
 _BRANCH_COLUMNS = ("potential", "overlap", "test_error")
 
 
@@ -92,6 +99,46 @@ def comparison_table(comparison: Comparison) -> str:
             rows.append((agreement.observable, theory, str(agreement.simulation), z))
         lines += ["", stage, *aligned(rows, indent=2)]
     return "\n".join(lines)
+
+
+def sweep_table(summary: Summary) -> str:
+    """Rows by source and status, and where they are."""
+    rows = [(name, str(count)) for name, count in summary.rows.items()]
+    return "\n".join([*aligned([("rows", ""), *rows]), "", f"table    {summary.table}"])
+
+
+def plan_table(plan: Plan) -> str:
+    """The first tasks to be computed, and what all of them would take."""
+    lines = [
+        f"{task.source:<12}" + ", ".join(f"{n} = {_plain(v)}" for n, v in _varying(task, plan))
+        for task in plan.missing[:_SHOWN]
+    ]
+    if len(plan.missing) > _SHOWN:
+        lines.append(f"… and {len(plan.missing) - _SHOWN:,} more")
+    if plan.impossible:
+        lines.append(f"{plan.impossible} of them will fail: their D does not fit their problem")
+    hours, minutes = divmod(round(plan.seconds / 60), 60)
+    took = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    if plan.seconds < 120:
+        took = f"{plan.seconds:.0f} s"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"tasks    {len(plan.tasks):,}, {len(plan.missing):,} of them to do",
+            f"time     about {took} on one core, within a factor of a few, compilation apart",
+            f"memory   about {plan.memory / 2**30:.1f} GiB per worker",
+        ]
+    )
+
+
+def _varying(task: Task, plan: Plan) -> Iterable[tuple[str, Any]]:
+    """The fields and settings of a task that are not the same in all."""
+    parts = {**task.problem.to_flat(), **task.settings}
+    for name, value in parts.items():
+        others = [{**other.problem.to_flat(), **other.settings} for other in plan.tasks[:_SHOWN]]
+        if name in ("dim", "first", "seeds") or any(o.get(name, value) != value for o in others):
+            yield name, value
 
 
 def aligned(rows: Iterable[Sequence[str]], indent: int = 0) -> list[str]:

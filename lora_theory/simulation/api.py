@@ -17,7 +17,7 @@ from lora_theory.simulation.run import Effort, run_seed
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.simulation.storage import checked_path, save_weights
 
-__all__ = ["simulate"]
+__all__ = ["checked_effort", "simulate"]
 
 DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
 #: Relative gradient norms.  Measured shifts of Q, M, q, m against a far lower tolerance: 1e-6
@@ -32,6 +32,7 @@ def simulate(
     seeds: int,
     *,
     seed: int = 0,
+    first: int = 0,
     starts: int = 3,
     dtype: str = "float64",
     device: str | None = None,
@@ -59,6 +60,7 @@ def simulate(
         seeds: number of independent runs, the ``count`` of every estimate.
         seed: root of all random numbers, below 2³².  Run i uses ``fold_in(key(seed), i)``: more
             seeds, starts, training or test sequences never change the earlier numbers.
+        first: index i of the first run, so that several calls share the runs of one.
         starts: random starts of the fine-tuning, all kept.
         dtype: "float32" or "float64".  The random numbers are drawn in float32 in both cases, so
             both see the same data.
@@ -95,19 +97,15 @@ def simulate(
     sizes = Sizes.of(problem, dim)
     seeds = checked_integer("seeds", seeds, 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
-    starts = checked_integer("starts", starts, 0)
-    test_sequences = checked_integer("test_sequences", test_sequences, 2)
-    max_iterations = checked_integer("max_iterations", max_iterations, 1)
-    if dtype not in DTYPES:
-        raise ProblemError(f'dtype = {dtype!r} is not allowed: it must be "float32" or "float64"')
-    tolerance = _tolerance(gradient_tolerance, dtype)
+    first = checked_integer("first", first, 0)
+    effort = checked_effort(starts, dtype, test_sequences, gradient_tolerance, max_iterations)
     path = None if save is None else checked_path(save)
     target = _device(device)
 
-    effort = Effort(DTYPES[dtype], starts, test_sequences, tolerance, max_iterations)
     records, arrays = [], []
     with jax.enable_x64(True), jax.default_device(target):
-        for index in tqdm(range(seeds), desc=f"seeds at D = {dim}", disable=not progress):
+        runs = range(first, first + seeds)
+        for index in tqdm(runs, desc=f"seeds at D = {dim}", disable=not progress):
             record, weights = run_seed(problem, sizes, effort, run_key(seed, index))
             records.append(record)
             if path is not None:
@@ -120,14 +118,33 @@ def simulate(
         "dtype": dtype,
         "device": target.device_kind,
         "platform": target.platform,
-        "starts": starts,
-        "test_sequences": test_sequences,
+        "starts": effort.starts,
+        "test_sequences": effort.test_sequences,
         "gradient_tolerance": effort.gradient_tolerance,
-        "max_iterations": max_iterations,
+        "max_iterations": effort.max_iterations,
         "jax": jax.__version__,
         "numpy": np.__version__,
     }
-    return summarise(problem, sizes.dim, environment, records)
+    return summarise(problem, sizes.dim, environment, records, first)
+
+
+def checked_effort(
+    starts: int = 3,
+    dtype: str = "float64",
+    test_sequences: int = 20_000,
+    gradient_tolerance: float | None = None,
+    max_iterations: int = 20_000,
+) -> Effort:
+    """The arguments of :func:`simulate` that say how much is computed, once they are allowed."""
+    if dtype not in DTYPES:
+        raise ProblemError(f'dtype = {dtype!r} is not allowed: it must be "float32" or "float64"')
+    return Effort(
+        DTYPES[dtype],
+        checked_integer("starts", starts, 0),
+        checked_integer("test_sequences", test_sequences, 2),
+        _tolerance(gradient_tolerance, dtype),
+        checked_integer("max_iterations", max_iterations, 1),
+    )
 
 
 def _tolerance(value: Any, dtype: str) -> float:

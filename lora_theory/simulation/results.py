@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ __all__ = [
     "PretrainingRuns",
     "SeedRecord",
     "Simulation",
+    "from_runs",
     "summarise",
 ]
 
@@ -134,9 +135,16 @@ class SeedRecord(NamedTuple):
 
 
 def summarise(
-    problem: Problem, dim: int, environment: dict[str, Any], records: Sequence[SeedRecord]
+    problem: Problem,
+    dim: int,
+    environment: dict[str, Any],
+    records: Sequence[SeedRecord],
+    first: int = 0,
 ) -> Simulation:
-    """Estimates over the records; a run that missed the tolerance is counted, never dropped."""
+    """Estimates over the records; a run that missed the tolerance is counted, never dropped.
+
+    ``first`` is the index of the first run.
+    """
     pretraining = PretrainingRuns(**_summary(PretrainingRuns, [[r.pretraining] for r in records]))
     noise = _summary(EffectiveNoiseRuns, [[r.effective_noise] for r in records])
     missed = pretraining.missed
@@ -161,9 +169,26 @@ def summarise(
         environment=environment,
         runs=tuple(
             {**environment, "dim": dim, "seed_index": index, **record.row()}
-            for index, record in enumerate(records)
+            for index, record in enumerate(records, first)
         ),
     )
+
+
+def from_runs(problem: Problem, runs: Sequence[Mapping[str, Any]]) -> Simulation:
+    """The simulation that has these ``runs``: from rows that were stored."""
+    records = []
+    for run in runs:
+        groups: dict[str, dict[str, Any]] = {}
+        for column, value in run.items():
+            group, _, name = column.rpartition(".")
+            groups.setdefault(group, {})[name] = value
+        random = sum(group.startswith("finetuning_random.") for group in groups)
+        names = ["finetuning", *(f"finetuning_random.{start}" for start in range(random))]
+        stages = tuple(groups[name] for name in names if name in groups)
+        records.append(SeedRecord(groups["pretraining"], groups["effective_noise"], stages))
+    environment = {name: value for name, value in runs[0].items() if "." not in name}
+    dim, first = environment.pop("dim"), environment.pop("seed_index")
+    return summarise(problem, dim, environment, records, first)
 
 
 def _status(missed: int, records: Sequence[SeedRecord]) -> Status:

@@ -15,10 +15,12 @@ PUBLIC = [
     "Status",
     "compare",
     "finetune",
+    "load",
     "measure_noise",
     "predict",
     "predict_many",
     "simulate",
+    "sweep",
 ]
 
 

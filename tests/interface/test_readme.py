@@ -1,12 +1,14 @@
 """The README says what is true: its example runs, its table is the Problem, its map exists."""
 
 import re
+import tomllib
 from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 
 from lora_theory import Problem
+from lora_theory.sweeps import SweepSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +26,13 @@ def test_the_example_runs_and_theory_and_simulation_are_close(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith(f"overlap: theory {theory.overlap:.4f} ± ")
     assert printed[1].endswith(f"D = 60 {overlap}")
+
+
+def test_the_sweep_is_one():
+    (spec,) = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
+    asked = SweepSpec.from_dict(tomllib.loads(spec))
+    assert len(asked.points) == 3 * 2 * 10
+    assert len(asked.tasks()) == 60 * (1 + 2 * 2)
 
 
 def test_the_notation_table_is_the_problem():
