@@ -7,9 +7,11 @@ the axis or one of them is kept, q0 = 1, and the ranges of the axes.
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, product
+from itertools import chain, product, repeat
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -56,9 +58,10 @@ def problem(activation: str, fields: dict[str, float]) -> Problem:
     )
 
 
-def rows_of(source: str, activation: str, profile: Profile) -> list[dict[str, Any]]:
+def rows_of(source: str, activation: str, profile: Profile, store: Path) -> list[dict[str, Any]]:
     """All rows of theory, or of simulation, of one activation."""
-    compute_rows = {"theory": theory_rows, "simulation": simulation_rows}[source]
+    kept = functools.partial(simulation_rows, store=store / activation)
+    compute_rows = {"theory": theory_rows, "simulation": kept}[source]
     rows: list[dict[str, Any]] = []
     for axis, (ends, few, many, (curve, levels)) in PANELS.items():
         values = np.geomspace(*ends, profile.points).tolist()
@@ -71,11 +74,11 @@ def rows_of(source: str, activation: str, profile: Profile) -> list[dict[str, An
     return rows
 
 
-def compute(profile: Profile) -> pd.DataFrame:
+def compute(profile: Profile, store: Path) -> pd.DataFrame:
     # two processes share four jobs; the longest, the theory of softmax, comes first
     activations, sources = zip(*product(ACTIVATIONS, profile.sources), strict=True)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(rows_of, sources, activations, [profile] * len(sources))
+        parts = pool.map(rows_of, sources, activations, repeat(profile), repeat(store))
         return pd.DataFrame(list(chain.from_iterable(parts)))
 
 

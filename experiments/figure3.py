@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, product
+from itertools import chain, product, repeat
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -23,7 +24,8 @@ from matplotlib.figure import Figure
 from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 
-from lora_theory import Estimate, Finetuning, Prediction, Pretraining, Problem, predict, simulate
+from lora_theory import Estimate, Finetuning, Prediction, Pretraining, Problem, predict
+from lora_theory.sweeps import kept_simulations
 
 PENALTY = "pretraining.penalty"
 PANELS = tuple(product(("softmax", "linear"), ("fresh", "reused")))
@@ -72,7 +74,9 @@ def best_penalty(penalties: Any, values: Any) -> float:
     return float(np.exp(minimize_scalar(CubicSpline(x, y), bounds=bounds, method="bounded").x))
 
 
-def theory(activation: str, sequences: str, profile: Profile) -> Iterator[dict[str, Any]]:
+def theory(
+    activation: str, sequences: str, profile: Profile, store: Path
+) -> Iterator[dict[str, Any]]:
     """Rows of a curve, of the points that refine its minima, and of the minima."""
     nodes = profile.pick(quick=64, full=NODES[activation])
     penalties = profile.pick(quick=(BETWEEN[0], *SIMULATED), full=SIMULATED + BETWEEN)
@@ -123,7 +127,9 @@ def _scatter(
     return float(best * np.std(vertices, ddof=1))
 
 
-def simulation(activation: str, sequences: str, profile: Profile) -> Iterator[dict[str, Any]]:
+def simulation(
+    activation: str, sequences: str, profile: Profile, store: Path
+) -> Iterator[dict[str, Any]]:
     """Rows of the simulations; all λ share their seeds, so differences along λ have less noise."""
     dim, seeds = profile.pick(quick=(48, 8), full=(100, 32))
     reference = NEAR_LEAST_ERROR[activation]
@@ -133,9 +139,8 @@ def simulation(activation: str, sequences: str, profile: Profile) -> Iterator[di
     for penalty in up_to_largest(activation, penalties):
         asked = problem(activation, sequences, penalty)
         tolerance = max(1e-3, 1e-4 / penalty)  # relative to λ; rounding does not shrink with it
-        result = simulate(
-            asked, dim, seeds, starts=2, dtype="float32", gradient_tolerance=tolerance
-        )
+        effort = {"starts": 2, "dtype": "float32", "gradient_tolerance": tolerance}
+        (result,) = kept_simulations(asked, [dim], seeds, store / activation / sequences, **effort)
         yield from measured_rows(result, {})
         runs = pd.DataFrame(result.runs)
         samples[penalty] = {name: runs[f"finetuning.{name}"] for name in OBJECTIVES}
@@ -161,11 +166,13 @@ def _row(labels: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any
 ROWS = {"theory": theory, "simulation": simulation}
 
 
-def rows_of(source: str, activation: str, sequences: str, profile: Profile) -> list[dict[str, Any]]:
-    return list(ROWS[source](activation, sequences, profile))
+def rows_of(
+    source: str, activation: str, sequences: str, profile: Profile, store: Path
+) -> list[dict[str, Any]]:
+    return list(ROWS[source](activation, sequences, profile, store))
 
 
-def compute(profile: Profile) -> pd.DataFrame:
+def compute(profile: Profile, store: Path) -> pd.DataFrame:
     # two processes share the jobs, the theory of softmax first, which takes longest
     jobs = [
         (source, activation, sequences)
@@ -174,7 +181,7 @@ def compute(profile: Profile) -> pd.DataFrame:
         for sequences in ("fresh", "reused")
     ]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(rows_of, *zip(*jobs, strict=True), [profile] * len(jobs))
+        parts = pool.map(rows_of, *zip(*jobs, strict=True), repeat(profile), repeat(store))
         return pd.DataFrame(list(chain.from_iterable(parts)))
 
 

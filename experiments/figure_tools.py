@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lora_theory import Prediction, Problem, Simulation, Status, predict, simulate
+from lora_theory import Prediction, Problem, Simulation, Status, predict
+from lora_theory.sweeps import kept_simulations
 
 # Okabe–Ito colours that stay apart in greyscale too, with a line style and a marker each.
 CURVES = (("#000000", "-", "o"), ("#0072B2", "--", "s"), ("#E69F00", "-.", "^"))
@@ -63,7 +65,7 @@ class Experiment:
     """One figure: what it computes, how it is drawn from the table alone, and what it says."""
 
     name: str
-    compute: Callable[[Profile], pd.DataFrame]
+    compute: Callable[[Profile, Path], pd.DataFrame]  # the folder keeps runs until all are done
     draw: Callable[[pd.DataFrame], Figure]
     caption: Callable[[pd.DataFrame], str]
 
@@ -73,11 +75,13 @@ class Experiment:
         path = folder / f"{self.name}.csv"
         rest = [source for source in SOURCES if source not in profile.sources]
         former = pd.read_csv(path) if rest else None  # fails now rather than after the computation
-        computed = self.compute(profile)
+        store = folder / "runs" / self.name
+        computed = self.compute(profile, store)
         tables = {source: former if source in rest else computed for source in SOURCES}
         parts = [table[table["source"] == source] for source, table in tables.items()]
         parts.append(computed[~computed["source"].isin(SOURCES)])  # data of others
         pd.concat(parts).to_csv(path, index=False, float_format="%.8g")
+        shutil.rmtree(store, ignore_errors=True)
         self.redraw(folder)
 
     def redraw(self, folder: Path) -> None:
@@ -112,10 +116,11 @@ def predicted_rows(prediction: Prediction, labels: Mapping[str, Any]) -> Iterato
 
 
 def simulation_rows(
-    problem: Problem, labels: Mapping[str, Any], profile: Profile, seed: int = 0
+    problem: Problem, labels: Mapping[str, Any], profile: Profile, store: Path
 ) -> Iterator[dict]:
     """Tidy rows of the simulation from w* and, lowest of two, from random starts."""
-    result = simulate(problem, profile.dim, profile.seeds, seed=seed, starts=2, dtype="float32")
+    effort = {"starts": 2, "dtype": "float32"}
+    (result,) = kept_simulations(problem, [profile.dim], profile.seeds, store, **effort)
     yield from measured_rows(result, labels)
 
 

@@ -8,6 +8,7 @@ quick profile trains a few small systems instead.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -41,7 +42,7 @@ LABELS = {
 QUICK = (3, 8)
 
 
-def compute(profile: Profile) -> pd.DataFrame:
+def compute(profile: Profile, _: Path) -> pd.DataFrame:
     return pd.DataFrame(
         [
             *_published_rows(),

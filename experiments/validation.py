@@ -7,15 +7,19 @@ tests/montecarlo/test_validation.py extrapolates those to D → ∞ and compares
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-from lora_theory import Finetuning, Pretraining, Problem, simulate
+from lora_theory import Finetuning, Pretraining, Problem
+from lora_theory.sweeps import kept_simulations
 
 RUNS = Path(__file__).resolve().parent.parent / "tests" / "reference" / "validation_runs.csv"
 DIMS, SEEDS, SEED = (50, 80, 130), 16, 2026
+#: Keeps every run until all are done: an interrupted call goes on.
+STORE = Path("validation-runs")
 
 
 def _problem(
@@ -65,7 +69,8 @@ def main() -> None:
     for name, problem in tqdm(PROBLEMS.items()):
         starts = 0 if problem.finetuning is None else 1
         for dim in DIMS:
-            result = simulate(problem, dim, SEEDS, seed=SEED, starts=starts, dtype="float32")
+            effort = {"seed": SEED, "starts": starts, "dtype": "float32"}
+            (result,) = kept_simulations(problem, [dim], SEEDS, STORE, **effort)
             table = pd.DataFrame(result.runs)
             keep = [c for c in table if c.startswith(("pretraining.", "finetuning."))]
             table = table[["seed_index", "dim", "seed", "dtype", *keep]]
@@ -73,6 +78,7 @@ def main() -> None:
             tables.append(table)
             RUNS.parent.mkdir(parents=True, exist_ok=True)
             pd.concat(tables).to_csv(RUNS, index=False, float_format="%.8g")
+    shutil.rmtree(STORE)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.status import Status
-from lora_theory.sweeps import simulation_of, sweep
+from lora_theory.sweeps import kept_simulations
 from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPrediction, predict
 
 __all__ = ["Agreement", "Comparison", "agreements", "compare", "extrapolate"]
@@ -133,8 +133,9 @@ def compare(
             simulate(problem, dim, seeds, seed=seed, **effort, progress=progress) for dim in several
         )
     else:
-        runs = {"dims": several, "seeds": seeds, "seeds_per_task": 1, "seed": seed}
-        simulations = tuple(_kept(problem, runs, effort, out, progress))
+        simulations = kept_simulations(
+            problem, several, seeds, out, seed=seed, **effort, progress=progress
+        )
     statuses = [prediction.status, *(simulation.status for simulation in simulations)]
     failed = Status.NOT_CONVERGED in statuses
     return Comparison(
@@ -144,25 +145,6 @@ def compare(
         simulations=simulations,
         agreements=agreements(prediction, {s.dim: pd.DataFrame(s.runs) for s in simulations}),
     )
-
-
-def _kept(
-    problem: Problem,
-    runs: Mapping[str, Any],
-    effort: Mapping[str, Any],
-    out: str | os.PathLike[str],
-    progress: bool,
-) -> Iterator[Simulation]:
-    """The simulations of a sweep of one point, computed in this process where they are missing."""
-    spec = {
-        **runs,
-        "sources": ["simulation"],
-        "problem": {name: entry for name, entry in problem.to_dict().items() if entry is not None},
-        "simulation": {name: entry for name, entry in effort.items() if entry is not None},
-    }
-    table = sweep(spec, out, workers=0, progress=progress)
-    for dim in runs["dims"]:
-        yield simulation_of(problem, table[table["dim"] == dim])
 
 
 def agreements(prediction: Prediction, runs: Mapping[int, pd.DataFrame]) -> tuple[Agreement, ...]:

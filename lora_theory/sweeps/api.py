@@ -24,7 +24,7 @@ from lora_theory.sweeps.spec import SweepSpec
 from lora_theory.sweeps.store import Store
 from lora_theory.sweeps.tasks import FAILED, Row, Task
 
-__all__ = ["Plan", "Summary", "load", "plan", "simulation_of", "sweep"]
+__all__ = ["Plan", "Summary", "kept_simulations", "load", "plan", "sweep"]
 
 #: A sweep as a TOML file, as nested plain values, or validated.
 Spec = str | os.PathLike[str] | Mapping[str, Any] | SweepSpec
@@ -163,23 +163,46 @@ def load(out: str | os.PathLike[str]) -> pd.DataFrame:
     return _assembled(store, _distinct(SweepSpec.from_dict(raw)))
 
 
-def simulation_of(problem: Problem, rows: pd.DataFrame) -> Simulation:
-    """The simulation of ``problem`` whose runs are these rows of a table, of one D.
+def kept_simulations(
+    problem: Problem,
+    dims: Sequence[int],
+    seeds: int,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    **effort: Any,
+) -> tuple[Simulation, ...]:
+    """:func:`lora_theory.simulate` at each D, in this process, its runs kept one by one in ``out``.
+
+    Args:
+        problem, dims, seeds, seed: what is simulated.
+        out, progress: as in :func:`sweep`.
+        effort: further arguments of :func:`lora_theory.simulate`; None means its default.
 
     Raises:
-        SweepError: there are none, or one of them failed.
+        ProblemError: an argument is not allowed. SweepError: a run failed.
     """
-    failed = rows[rows["status"] == FAILED]
-    if rows.empty or len(failed):
-        raise SweepError("; ".join(failed["error"].unique()) or "there are no runs")
-    fields, runs = problem.to_flat(), []
-    for _, row in rows.dropna(axis=1, how="all").iterrows():
-        run = {name: value for name, value in row.items() if name not in fields}
-        for name in ("source", "status"):
-            del run[name]
-        run["seed_index"], run["seed"] = run.pop("seed"), run.pop("root_seed")
-        runs.append(run)
-    return from_runs(problem, runs)
+    spec = {
+        "sources": ["simulation"],
+        "dims": list(dims),
+        "seeds": seeds,
+        "seeds_per_task": 1,
+        "seed": seed,
+        "problem": {name: entry for name, entry in problem.to_dict().items() if entry is not None},
+        "simulation": {name: entry for name, entry in effort.items() if entry is not None},
+    }
+    table = sweep(spec, out, workers=0, progress=progress)
+    failed = table[table["status"] == FAILED]
+    if len(failed):
+        raise SweepError("; ".join(failed["error"].unique()))
+    labels = {"source", "status", *problem.to_flat()}
+    found = []
+    for dim in dims:
+        rows = table[table["dim"] == dim].dropna(axis=1, how="all").drop(columns=list(labels))
+        names = {"seed": "seed_index", "root_seed": "seed"}
+        found.append(from_runs(problem, rows.rename(columns=names).to_dict("records")))
+    return tuple(found)
 
 
 def plan(spec: Spec, out: str | os.PathLike[str]) -> Plan:

@@ -79,7 +79,8 @@ def on_workers(
             execute, [folder] * len(tasks), list(tasks), key=[t.key for t in tasks], pure=False
         )
         by_key = {future.key: task for future, task in zip(futures, tasks, strict=True)}
-        waiting, left, seen = as_completed(futures), len(futures), time.monotonic()
+        waiting = as_completed(futures, loop=client.loop)
+        left, seen = len(futures), time.monotonic()
         try:
             while left:
                 batch = waiting.next_batch(block=False)

@@ -45,6 +45,11 @@ def written(folder: Path, penalties: list[float], text: str = SPEC) -> Path:
     return path
 
 
+def results(folder: Path) -> list[Path]:
+    """Those that are whole."""
+    return [path for path in folder.glob("results/??/*") if not path.name.startswith(".")]
+
+
 def test_a_dry_run_lists_the_tasks_and_writes_nothing(command, spec):
     answer = command("sweep", spec, "--out", "new", "--dry-run")
     assert answer.code == 0
@@ -132,7 +137,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(spec, tmp_path):
     written(tmp_path, MANY)
     words = [*PROGRAM, "sweep", "spec.toml", "--out", "new", "--workers", "0"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    while not list(tmp_path.glob("new/results/??/*")):
+    while not results(tmp_path / "new"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -140,7 +145,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(spec, tmp_path):
     assert process.returncode == 130
     assert "interrupted: the same command goes on where it stopped" in said
     assert "Traceback" not in said
-    finished = len(list(tmp_path.glob("new/results/??/*")))
+    finished = len(results(tmp_path / "new"))
     assert 0 < finished < len(MANY)
     assert len(pd.read_csv(tmp_path / "new/table.csv")) == finished
     ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)

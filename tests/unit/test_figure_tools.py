@@ -23,7 +23,7 @@ def tools(monkeypatch):
 def experiment(tools, offset: float):
     """Two rows per source; its numbers tell which run they are of."""
 
-    def compute(profile) -> pd.DataFrame:
+    def compute(profile, store) -> pd.DataFrame:
         theory = [{"source": "theory", "x": x, "value": x + offset} for x in (1.0, 2.0)]
         measured = [{"source": "simulation", "x": 1.0, "value": 1.1 + offset, "dim": 48}]
         every = {"theory": theory, "simulation": measured}
