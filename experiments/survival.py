@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 SPEC = """\
-dims = [12, 16]
+dims = [16, 24]
 seeds = 2
 seeds_per_task = 1
 
@@ -40,7 +40,7 @@ nodes = 64
 
 [simulation]
 starts = 1
-test_sequences = 200
+test_sequences = 5000
 
 [grid]
 "pretraining.penalty" = {penalties}
@@ -103,23 +103,23 @@ def survive(spec: Path, out: Path, *, workers: int, kills: int, seed: int) -> di
     rng, killed, lost = random.Random(seed), Counter[str](), 0
     client, victims = start(spec, out, workers), [VICTIMS[i % 3] for i in range(kills)]
     for victim in victims:
-        before, until = finished(out), rng.randint(1, 8)
+        before, until = finished(out), rng.randint(1, 5)
         while len(finished(out) - before) < until and client.poll() is None:
             time.sleep(0.02)
         if client.poll() is not None:
             break  # nothing is left to be killed
-        time.sleep(rng.random() * 0.5)
+        time.sleep(0.2 * rng.random())
         before = finished(out)
         kill(client, victim, rng)
         killed[victim] += 1
         lost += len(before - finished(out))
         if victim != "worker":
             client = start(spec, out, workers)
-    undisturbed_end = client.wait()
+    end = client.wait()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").split("\n") if line]
     twice = sum(count - 1 for count in Counter(entry["key"] for entry in log).values())
     return {
-        "exit": undisturbed_end,
+        "exit": end,
         "killed": dict(killed),
         "results": len(finished(out)),
         "results lost": lost,
