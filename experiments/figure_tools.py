@@ -75,7 +75,7 @@ class Experiment:
         path = folder / f"{self.name}.csv"
         rest = [source for source in SOURCES if source not in profile.sources]
         former = pd.read_csv(path) if rest else None  # fails now rather than after the computation
-        store = folder / "runs" / self.name
+        store = folder / f"{self.name}-runs"
         computed = self.compute(profile, store)
         tables = {source: former if source in rest else computed for source in SOURCES}
         parts = [table[table["source"] == source] for source, table in tables.items()]

@@ -128,7 +128,7 @@ def sweep(
         >>> table[["pretraining.penalty", "status", "pretraining.test_error"]].round(4)
            pretraining.penalty     status  pretraining.test_error
         0                 0.02  converged                  0.7981
-        1                 0.10  converged                  0.5901
+        1                 0.10  converged                  0.7002
     """
     parsed, store = _parsed(spec), Store(out)
     run = _engine(store, workers, scheduler, threads)

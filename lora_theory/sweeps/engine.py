@@ -22,6 +22,7 @@ _EXTRA = "pip install 'lora-theory[distributed]'"
 _DEATHS = 3
 #: Seconds: to reach a scheduler, between two looks, and without any worker.
 _REACH, _LOOK, _ALONE = 10.0, 0.05, 60.0
+_GONE = "the scheduler, or all of its workers, are gone"
 
 
 class SweepError(RuntimeError):
@@ -91,7 +92,7 @@ def on_workers(
                 if batch or (scheduler is not None and client.status == "running"):
                     seen = time.monotonic()
                 elif client.status != "running" or _is_alone(client, seen):
-                    raise SweepError("the scheduler or all of its workers are gone")
+                    raise SweepError(_GONE)
                 if not batch:
                     time.sleep(_LOOK)
         finally:
@@ -100,10 +101,12 @@ def on_workers(
 
 
 def _outcome(folder: str, future: Any, task: Task) -> Outcome:
-    from distributed import KilledWorker
+    from distributed import CancelledError, KilledWorker
 
     try:
         outcome: Outcome = future.result()
+    except CancelledError as lost:
+        raise SweepError(_GONE) from lost
     except KilledWorker:
         error = f"its worker died {_DEATHS} times, perhaps for want of memory"
         Store(folder).write(task, task.failure(error), failed=True)
@@ -147,7 +150,7 @@ def _cluster(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
             silence_logs=logging.CRITICAL,
             env=environment,

@@ -252,7 +252,7 @@ def test_one_and_two_workers_write_the_same_bytes(tmp_path):
 
 def test_a_scheduler_that_does_not_answer_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("lora_theory.sweeps.engine._REACH", 0.5)
+    monkeypatch.setitem(api.on_workers.__globals__, "_REACH", 0.5)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         with pytest.raises(ProblemError, match=f"scheduler = '{address}' is not allowed"):
             sweep(SPEC, tmp_path, scheduler=address)
