@@ -9,6 +9,7 @@ byte and counts what was lost and what was computed twice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -80,15 +81,22 @@ def finished(out: Path) -> set[str]:
 def kill(client: subprocess.Popen[bytes], victim: str, rng: random.Random) -> None:
     """SIGKILL to one worker, to the client alone, or to every process of the sweep."""
     children = psutil.Process(client.pid).children(recursive=True)
-    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     if victim == "worker":
-        rng.choice(workers).kill()
+        rng.choice([child for child in children if _is_worker(child)]).kill()
         return
     client.kill()
     if victim == "all":
         for child in children:
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended with the client
+                child.kill()
     client.wait()
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def undisturbed(spec: Path, out: Path, workers: int) -> bytes:
