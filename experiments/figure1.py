@@ -142,7 +142,7 @@ def caption(table: pd.DataFrame) -> str:
         "vary others, q0, the ranges of the axes). At finite D the errors carry an O(1/√D) offset. "
         f"Largest quadrature error of a theory point: {error:.1%}; "
         f"theory points left out as not converged: {unsolved['level'].count() // 3}. "
-        f"Crosses ({ties} points): ties, where the potentials of the informed and of another "
+        f"Crosses ({ties} in all): ties, where the potentials of the informed and of another "
         "branch differ by less than their errors, and either may be the solution. "
         "Where λ is so large that the weights vanish, the curves no longer depend on it. "
         "The table also holds the lowest of two random starts."

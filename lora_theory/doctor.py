@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_theory.observables import to_plain
 
-__all__ = ["Check", "Report", "examine"]
+__all__ = ["Check", "Report", "examine", "installed_version"]
 
 _PACKAGES = ("lora-theory", "jax", "jaxlib", "numpy", "scipy", "optimistix", "tyro")
 #: Linear pre-training at T = 2, κ0 = Δ = 0.5, α = 0.2, λ = 0.02 (docs/theory.md).
@@ -75,7 +75,10 @@ def examine() -> Report:
     checks = tuple(_tried(name, check) for name, check in _CHECKS.items())
     return Report(
         ok=all(check.ok for check in checks),
-        versions={"python": platform.python_version(), **{n: _version(n) for n in _PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **{n: installed_version(n) for n in _PACKAGES},
+        },
         devices=_devices(),
         default_precision=_default_precision(),
         checks=checks,
@@ -159,7 +162,8 @@ def _default_precision() -> str:
     return str(jnp.result_type(float))
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of a distribution, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -202,6 +202,14 @@ class Problem:
         return text
 
 
+def assign(raw: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field by its dotted name in nested values; what is no table is left to be refused."""
+    group, dot, inner = name.partition(".")
+    table = raw.setdefault(group, {}) if dot else raw
+    if isinstance(table, dict):
+        table[inner if dot else name] = value
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The nested values in a TOML file; a :class:`ProblemError` says why it cannot be read."""
     try:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from lora_theory.problem import FieldSpec, Problem, ProblemError, read_toml
+from lora_theory.problem import FieldSpec, Problem, ProblemError, assign, read_toml
 
 __all__ = ["PROGRAM", "Command", "Given", "Setting", "given", "number", "parse"]
 
@@ -136,9 +136,7 @@ def _problem(parsed: Any) -> Problem:
         text = getattr(getattr(parsed, group) if group else parsed, name)
         if text is None:
             continue
-        table = raw.setdefault(group, {}) if group else raw
-        if isinstance(table, dict):  # anything else in the file is refused below
-            table[name] = text if spec.choices else number(text)
+        assign(raw, spec.name, text if spec.choices else number(text))
     return Problem.from_dict(raw)
 
 

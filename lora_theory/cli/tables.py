@@ -134,9 +134,10 @@ def plan_table(plan: Plan) -> str:
 
 def _varying(task: Task, plan: Plan) -> Iterable[tuple[str, Any]]:
     """The fields and settings of a task that are not the same in all."""
-    parts = {**task.problem.to_flat(), **task.settings}
-    for name, value in parts.items():
-        others = [{**other.problem.to_flat(), **other.settings} for other in plan.tasks[:_SHOWN]]
+    own, *others = (
+        {**other.problem.to_flat(), **other.settings} for other in (task, *plan.tasks[:_SHOWN])
+    )
+    for name, value in own.items():
         if name in ("dim", "first", "seeds") or any(o.get(name, value) != value for o in others):
             yield name, value
 

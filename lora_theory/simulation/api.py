@@ -129,11 +129,11 @@ def simulate(
 
 
 def checked_effort(
-    starts: int = 3,
-    dtype: str = "float64",
-    test_sequences: int = 20_000,
-    gradient_tolerance: float | None = None,
-    max_iterations: int = 20_000,
+    starts: int,
+    dtype: str,
+    test_sequences: int,
+    gradient_tolerance: float | None,
+    max_iterations: int,
 ) -> Effort:
     """The arguments of :func:`simulate` that say how much is computed, once they are allowed."""
     if dtype not in DTYPES:

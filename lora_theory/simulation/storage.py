@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_theory.files import written_whole
 from lora_theory.problem import Problem, ProblemError
 
 __all__ = ["checked_path", "save_weights"]
@@ -36,10 +37,5 @@ def save_weights(path: Path, problem: Problem, seed: int, arrays: Mapping[str, n
     The file appears under its name only when it is complete.
     """
     entries: dict[str, Any] = {"problem": problem.to_toml(), "seed": seed, **arrays}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.savez(stream, **entries)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path, "wb") as stream:
+        np.savez(stream, **entries)

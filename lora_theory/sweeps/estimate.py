@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_theory.problem import ProblemError
 from lora_theory.simulation.sizes import Sizes
-from lora_theory.sweeps.tasks import Task
+from lora_theory.sweeps.tasks import Task, defaults_of
 from lora_theory.theory.nodes import Discretisation
 
 __all__ = ["calibration", "expected_memory", "expected_seconds"]
@@ -27,9 +27,11 @@ def expected_seconds(task: Task) -> float:
     if task.source == "theory":
         if problem.activation == "linear":
             return _LINEAR_SECONDS
-        blocks: int = settings.get("blocks", 8)
-        points = Discretisation(settings.get("nodes"), blocks, 0, 0.1).points(problem.tokens)
-        return 0.5 + 2.0 * points * blocks * _SECONDS_PER_NODE.get(problem.tokens, _MOST_PER_NODE)
+        nodes = Discretisation(
+            **{name: (defaults_of("theory") | settings)[name] for name in Discretisation._fields}
+        )
+        points = nodes.points(problem.tokens) * nodes.blocks
+        return 0.5 + 2.0 * points * _SECONDS_PER_NODE.get(problem.tokens, _MOST_PER_NODE)
     sizes = _sizes(task)
     if sizes is None:
         return 0.0

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from lora_theory.problem import Problem, ProblemError, read_toml
+from lora_theory.problem import Problem, ProblemError, assign, read_toml
 from lora_theory.simulation.api import checked_effort
 from lora_theory.simulation.sizes import SMALLEST_DIM, checked_integer
-from lora_theory.sweeps.tasks import SOURCES, Task
+from lora_theory.sweeps.tasks import SOURCES, Task, defaults_of
 from lora_theory.theory.nodes import Discretisation
 
 __all__ = ["SweepSpec"]
@@ -26,10 +26,8 @@ _KEYS = (
     "sources", "dims", "seeds", "seeds_per_task", "seed",
     "problem", "grid", "zip", "random", "theory", "simulation",
 )  # fmt: skip
-_THEORY = {"nodes": None, "blocks": 8, "seed": 0, "tolerance": 1e-10}
-_SIMULATION = (
-    "starts", "dtype", "device", "test_sequences", "gradient_tolerance", "max_iterations",
-)  # fmt: skip
+_THEORY = ("nodes", "blocks", "seed", "tolerance")
+_EFFORT = ("starts", "dtype", "test_sequences", "gradient_tolerance", "max_iterations")
 _MOST_POINTS, _SEEDS_PER_TASK = 1_000_000, 4
 _SCALES = ("linear", "log")
 
@@ -94,9 +92,9 @@ class SweepSpec:
         if "simulation" in sources and seeds is None:
             raise ProblemError("seeds is missing: a simulation needs an integer ≥ 1")
         _known("theory", tables["theory"], _THEORY)
-        Discretisation.checked(**(_THEORY | tables["theory"]))
-        _known("simulation", tables["simulation"], _SIMULATION)
-        checked_effort(**{k: v for k, v in tables["simulation"].items() if k != "device"})
+        Discretisation.checked(**_settings("theory", tables, _THEORY))
+        _known("simulation", tables["simulation"], (*_EFFORT, "device"))
+        checked_effort(**_settings("simulation", tables, _EFFORT))
         return cls(
             points=tuple(_points(tables)),
             sources=sources,
@@ -127,6 +125,13 @@ class SweepSpec:
             runs = {"first": first, "seeds": min(self.seeds_per_task, self.seeds - first)}
             settings = {"dim": dim, "seed": self.seed, **runs, **self.simulation}
             yield Task(problem, "simulation", settings)
+
+
+def _settings(
+    source: str, tables: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, Any]:
+    given = {**defaults_of(source), **tables[source]}
+    return {name: given[name] for name in names}
 
 
 def _points(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
@@ -228,7 +233,7 @@ def _sources(raw: Mapping[str, Any], simulated: bool) -> tuple[str, ...]:
     return tuple(source for source in SOURCES if source in asked)
 
 
-def _known(where: str, table: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any]) -> None:
+def _known(where: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in table:
         if name not in known:
             full = f"{where}.{name}" if where else name
@@ -267,14 +272,7 @@ def _flattened(
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, value in flat.items():
-        group, _, inner = name.partition(".")
-        if inner:
-            table = nested.setdefault(group, {})
-            if not isinstance(table, dict):
-                raise ProblemError(f"{group} = {table!r} must be a table of fields, [{group}]")
-            table[inner] = value
-        else:
-            nested[group] = value
+        assign(nested, name, value)
     return nested
 
 

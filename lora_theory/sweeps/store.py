@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import socket
 import uuid
@@ -23,6 +22,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from lora_theory.files import written_whole
+from lora_theory.observables import to_plain
 from lora_theory.problem import ProblemError
 from lora_theory.sweeps.tasks import Row, Task
 
@@ -47,9 +48,7 @@ class Store:
 
     def write(self, task: Task, rows: Sequence[Row], *, failed: bool = False) -> None:
         """Keep the rows of a task, or of its failure, which its success replaces."""
-        body = json.dumps(
-            {"key": task.key, "identity": task.identity, "rows": [_plain(row) for row in rows]}
-        )
+        body = json.dumps({"key": task.key, "identity": task.identity, "rows": to_plain(rows)})
         _write(self._path(task, failed), f"{body}\n{_checksum(body)}\n")
         if not failed:
             self._path(task, failed=True).unlink(missing_ok=True)
@@ -116,11 +115,9 @@ class Store:
         """Remember the spec."""
         _write(self.folder / "spec.json", json.dumps(spec, indent=1) + "\n")
 
-    def write_table(self, table: pd.DataFrame) -> Path:
+    def write_table(self, table: pd.DataFrame) -> None:
         """Write ``table.csv``, whole or not at all."""
-        path = self.folder / "table.csv"
-        _write(path, table.to_csv(index=False))
-        return path
+        _write(self.folder / "table.csv", table.to_csv(index=False))
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """One line more in the log."""
@@ -133,14 +130,6 @@ class Store:
             lines = (self.folder / "log.jsonl").read_text("utf-8").split("\n")
             return [entry for line in lines if (entry := _parsed(line)) is not None]
         return []
-
-
-def _plain(row: Row) -> Row:
-    """With null for what JSON cannot hold."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
 
 
 def _checksum(body: str) -> str:
@@ -167,18 +156,10 @@ def _rows(path: Path, key: str) -> list[Row] | None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     with _writing():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            file.write(text)
 
 
 @contextlib.contextmanager

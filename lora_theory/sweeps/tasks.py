@@ -8,17 +8,18 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
+from lora_theory.doctor import installed_version
 from lora_theory.problem import Problem
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.theory import Prediction, predict
 
-__all__ = ["FAILED", "RESULTS_VERSION", "SOURCES", "Row", "Task"]
+__all__ = ["FAILED", "RESULTS_VERSION", "SOURCES", "Row", "Task", "defaults_of"]
 
 #: Raised when the same task would give rows of another meaning; results of others are not read.
 RESULTS_VERSION = 1
@@ -31,7 +32,8 @@ _ELSEWHERE = ("device",)
 Row = dict[str, Any]
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """What is computed at once: the rows of one result file."""
 
     problem: Problem
@@ -43,7 +45,7 @@ class Task(NamedTuple):
         """What the result depends on, defaults left out: new fields do not change it."""
         defaults = {spec.name: spec.default for spec in Problem.specs()}
         flat = self.problem.to_flat().items()
-        known = _defaults(self.source)
+        known = defaults_of(self.source)
         return {
             "results_version": RESULTS_VERSION,
             "source": self.source,
@@ -57,7 +59,7 @@ class Task(NamedTuple):
             },
         }
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """The name of the result file: a hash of :attr:`identity`."""
         text = json.dumps(self.identity, sort_keys=True)
@@ -85,19 +87,16 @@ class Task(NamedTuple):
 
 
 @functools.cache
-def _defaults(source: str) -> dict[str, Any]:
+def defaults_of(source: str) -> dict[str, Any]:
+    """The defaults of the settings of a task, those of predict or simulate."""
     call = predict if source == "theory" else simulate
     return {name: entry.default for name, entry in inspect.signature(call).parameters.items()}
 
 
 def _environment() -> Row:
-    try:
-        own = version("lora-theory")
-    except PackageNotFoundError:
-        own = "not installed"
     return {
         "results_version": RESULTS_VERSION,
-        "lora_theory": own,
+        "lora_theory": installed_version("lora-theory"),
         "jax": jax.__version__,
         "numpy": np.__version__,
     }
