@@ -124,13 +124,14 @@ def survive(spec: Path, out: Path, *, workers: int, kills: int, seed: int) -> di
             client = start(spec, out, workers)
     end = client.wait()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").split("\n") if line]
-    twice = sum(count - 1 for count in Counter(entry["key"] for entry in log).values())
+    done = Counter(entry["key"] for entry in log if entry["error"] is None)
     return {
         "exit": end,
         "killed": dict(killed),
         "results": len(finished(out)),
         "results lost": lost,
-        "logged twice": twice,
+        "results computed twice": sum(count - 1 for count in done.values()),
+        "failures": sum(entry["error"] is not None for entry in log),
     }
 
 
@@ -152,7 +153,8 @@ def main() -> None:
         same = (out / "table.csv").read_bytes() == table
     print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
     print(f"tables of {len(table.splitlines()) - 1} rows equal byte by byte: {same}")
-    sys.exit(not same or found["results"] != options.tasks or found["results lost"] != 0)
+    wrong = found["results lost"] or found["results computed twice"] or found["failures"]
+    sys.exit(not same or found["results"] != options.tasks or bool(wrong))
 
 
 if __name__ == "__main__":

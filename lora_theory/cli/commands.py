@@ -213,6 +213,9 @@ COMMANDS = {
                 ),
                 *_simulation_settings(1, starts=3),
                 Setting(
+                    "batch", "runs trained together, for a GPU", "an integer ≥ 1", "integer", "N", 1
+                ),
+                Setting(
                     "save",
                     "write W0, W, w* and w of all seeds to this .npz file",
                     "",

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from lora_theory.attention import attention
 from lora_theory.simulation.fields import centred_fields
 
-__all__ = ["Minimum", "Task", "minimise", "training_loss"]
+__all__ = ["Minimum", "Task", "minimise", "minimise_together", "training_loss"]
 
 #: Weights of this root mean square or less count as this large in the stopping rule, so that a
 #: minimum at W = 0 is recognised.
@@ -129,3 +129,21 @@ def minimise(
         end.iterations,
         remaining <= tolerance,
     )
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def minimise_together(
+    tasks: Task,
+    starts: Float[Array, "runs D P"],
+    tolerance: Float[Array, ""],
+    max_iterations: Integer[Array, ""],
+    *,
+    activation: str,
+) -> Minimum:
+    """:func:`minimise` for several tasks of one shape, stacked along a first axis."""
+
+    def one(task: Task, start: Array) -> Minimum:
+        minimum: Minimum = minimise(task, start, tolerance, max_iterations, activation=activation)
+        return minimum
+
+    return jax.vmap(one)(tasks, starts)

@@ -1,9 +1,11 @@
-"""One run: draw the data of a seed, train both stages, measure (docs/theory.md, section 1)."""
+"""Runs: draw the data of some seeds, train both stages, measure (docs/theory.md, section 1)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
@@ -17,12 +19,12 @@ from lora_theory.simulation.measure import (
     sampled_errors,
     vector_overlaps,
 )
-from lora_theory.simulation.minimise import Minimum, Task, minimise
+from lora_theory.simulation.minimise import Minimum, Task, minimise, minimise_together
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
 from lora_theory.simulation.results import Numbers, SeedRecord
 from lora_theory.simulation.sizes import Sizes
 
-__all__ = ["Effort", "run_seed"]
+__all__ = ["Effort", "run_seeds"]
 
 
 class Effort(NamedTuple):
@@ -30,21 +32,39 @@ class Effort(NamedTuple):
 
     dtype: type[np.floating[Any]]
     starts: int
+    batch: int
     test_sequences: int
     gradient_tolerance: float
     max_iterations: int
 
 
-def run_seed(
-    problem: Problem, sizes: Sizes, effort: Effort, key: Key[Array, ""]
-) -> tuple[SeedRecord, dict[str, np.ndarray]]:
-    """The numbers of one run, and its teachers and trained weights."""
+def run_seeds(
+    problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
+) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
+    """The numbers of some runs, trained together, and the teachers and trained weights of each."""
     dtype, activation = effort.dtype, problem.activation
-    data = pretraining_data(key, sizes, problem.label_noise, dtype)
-    task = pretraining_task(data, dtype(problem.pretraining.penalty), activation=activation)
-    pretrained = _descend(task, data.start, activation, effort)
-    task_vector, minima = _finetuned(problem, sizes, effort, key, data, pretrained.weights)
+    data = [pretraining_data(key, sizes, problem.label_noise, dtype) for key in keys]
+    penalty = dtype(problem.pretraining.penalty)
+    tasks = [pretraining_task(run, penalty, activation=activation) for run in data]
+    pretrained = _descend(tasks, [run.start for run in data], activation, effort)
+    weights = [minimum.weights for minimum in pretrained]
+    finetuned = _finetuned(problem, sizes, effort, keys, data, weights)
+    return [
+        _measured(problem, sizes, effort, *run)
+        for run in zip(keys, data, pretrained, *finetuned, strict=True)
+    ]
 
+
+def _measured(
+    problem: Problem,
+    sizes: Sizes,
+    effort: Effort,
+    key: Key[Array, ""],
+    data: PretrainingData,
+    pretrained: Minimum,
+    task_vector: Array,
+    minima: Sequence[Minimum],
+) -> tuple[SeedRecord, dict[str, np.ndarray]]:
     test, frozen, *tuned = sampled_errors(
         key,
         effort.test_sequences,
@@ -86,33 +106,46 @@ def _finetuned(
     problem: Problem,
     sizes: Sizes,
     effort: Effort,
-    key: Key[Array, ""],
-    pretraining: PretrainingData,
-    weights: Array,
-) -> tuple[Array, list[Minimum]]:
-    """w*, and the minima reached from w* and from the random starts (0 and none without w).
+    keys: Sequence[Key[Array, ""]],
+    pretraining: Sequence[PretrainingData],
+    weights: Sequence[Array],
+) -> tuple[list[Array], list[list[Minimum]]]:
+    """w* of each run, and its minima, from w* and from the random starts (0 and none without w).
 
-    The descents follow one another instead of sharing one batch: more starts then do not change
-    the earlier ones by as much as a rounding.
+    Starts follow one another instead of sharing one batch: more starts then do not change the
+    earlier ones by as much as a rounding.
     """
     finetuning = problem.finetuning
     if finetuning is None:
-        return jnp.zeros((sizes.dim, 1), effort.dtype), []
-    data = finetuning_data(key, sizes, finetuning, problem.label_noise, pretraining, weights)
-    task = finetuning_task(data, effort.dtype(finetuning.penalty), activation=problem.activation)
-    starts = [data.task_vector] + [
-        random_start(key, index, data.task_vector, finetuning.signal)
+        return [jnp.zeros((sizes.dim, 1), effort.dtype)] * len(keys), [[]] * len(keys)
+    data = [
+        finetuning_data(key, sizes, finetuning, problem.label_noise, stage, frozen)
+        for key, stage, frozen in zip(keys, pretraining, weights, strict=True)
+    ]
+    penalty = effort.dtype(finetuning.penalty)
+    tasks = [finetuning_task(run, penalty, activation=problem.activation) for run in data]
+    vectors = [run.task_vector for run in data]
+    starts = [vectors] + [
+        [
+            random_start(key, index, vector, finetuning.signal)
+            for key, vector in zip(keys, vectors, strict=True)
+        ]
         for index in range(effort.starts)
     ]
-    minima = [_descend(task, start, problem.activation, effort) for start in starts]
-    return data.task_vector, minima
+    minima = [_descend(tasks, start, problem.activation, effort) for start in starts]
+    return vectors, [list(run) for run in zip(*minima, strict=True)]
 
 
-def _descend(task: Task, start: Array, activation: str, effort: Effort) -> Minimum:
-    minimum: Minimum = minimise(
-        task, start, effort.gradient_tolerance, effort.max_iterations, activation=activation
-    )
-    return minimum
+def _descend(
+    tasks: Sequence[Task], starts: Sequence[Array], activation: str, effort: Effort
+) -> list[Minimum]:
+    """One descent per run, all in one batch."""
+    limits = effort.gradient_tolerance, effort.max_iterations
+    if len(tasks) == 1:
+        return [minimise(tasks[0], starts[0], *limits, activation=activation)]
+    together = jax.tree.map(lambda *parts: jnp.stack(parts), *tasks)
+    minima = minimise_together(together, jnp.stack(starts), *limits, activation=activation)
+    return [jax.tree.map(lambda part, run=run: part[run], minima) for run in range(len(tasks))]
 
 
 def _descent(minimum: Minimum, scale: int) -> Numbers:

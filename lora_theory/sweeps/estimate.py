@@ -48,7 +48,8 @@ def expected_memory(task: Task) -> float:
         return _BASE_MEMORY
     sequences = max(sizes.pretraining_sequences, sizes.finetuning_sequences)
     width = 0.5 if task.settings.get("dtype") == "float32" else 1.0
-    return _BASE_MEMORY + width * _BYTES * sequences * sizes.tokens * sizes.dim
+    runs = int(min(task.settings.get("batch", 1), task.settings["seeds"]))
+    return _BASE_MEMORY + runs * width * _BYTES * sequences * sizes.tokens * sizes.dim
 
 
 def calibration(log: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -27,7 +27,9 @@ _KEYS = (
     "problem", "grid", "zip", "random", "theory", "simulation",
 )  # fmt: skip
 _THEORY = ("nodes", "blocks", "seed", "tolerance")
-_EFFORT = ("starts", "dtype", "test_sequences", "gradient_tolerance", "max_iterations")
+_EFFORT = (
+    "starts", "batch", "dtype", "test_sequences", "gradient_tolerance", "max_iterations",
+)  # fmt: skip
 _MOST_POINTS, _SEEDS_PER_TASK = 1_000_000, 4
 _SCALES = ("linear", "log")
 

@@ -17,6 +17,7 @@ import numpy as np
 from lora_theory.doctor import installed_version
 from lora_theory.problem import Problem
 from lora_theory.simulation import Simulation, simulate
+from lora_theory.simulation.results import from_runs
 from lora_theory.theory import Prediction, predict
 
 __all__ = ["FAILED", "RESULTS_VERSION", "SOURCES", "Row", "Task", "defaults_of"]
@@ -69,9 +70,8 @@ class Task:
         """Compute: one row for a prediction, one per run for simulations."""
         if self.source == "theory":
             return [self._labels() | _predicted(predict(self.problem, **self.settings))]
-        first, count = self.settings["first"], self.settings["seeds"]
-        runs = [self.settings | {"first": i, "seeds": 1} for i in range(first, first + count)]
-        return [self._labels() | _measured(simulate(self.problem, **run)) for run in runs]
+        runs = simulate(self.problem, **self.settings).runs
+        return [self._labels() | _measured(from_runs(self.problem, [run])) for run in runs]
 
     def failure(self, error: str) -> list[Row]:
         """The same rows with nothing but the reason why there are no numbers."""

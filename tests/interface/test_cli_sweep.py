@@ -212,41 +212,73 @@ def test_a_killed_sweep_is_resumed_to_the_same_bytes():
     assert "tables of 60 rows equal byte by byte: True" in ended.stdout
 
 
-@pytest.mark.slow
-def test_a_scheduler_and_its_workers_are_processes_of_their_own(spec, tmp_path):
-    """The documented commands, on this machine; the table is that of one process."""
+@pytest.fixture
+def cluster(tmp_path: Path):
+    """A scheduler and two workers, started by the documented commands: its process and address."""
     pytest.importorskip("distributed")
     dask, started = Path(sys.executable).with_name("dask"), []
-    environment = {**os.environ, "NPROC": "1"}
 
     def start(*words: str) -> None:
         with (tmp_path / f"{len(started)}.log").open("wb") as log:
             started.append(
                 subprocess.Popen(
-                    [dask, *words], stdout=log, stderr=log, cwd=tmp_path, env=environment
+                    [dask, *words],
+                    stdout=log,
+                    stderr=log,
+                    cwd=tmp_path,
+                    env={**os.environ, "NPROC": "1"},
                 )
             )
 
-    try:
-        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-              "--scheduler-file", "scheduler.json")  # fmt: skip
-        while not (tmp_path / "scheduler.json").exists():
-            time.sleep(0.05)
-        address = json.loads((tmp_path / "scheduler.json").read_text("utf-8"))["address"]
-        for _ in range(2):
-            start("worker", address, "--nworkers", "1", "--nthreads", "1", "--no-dashboard")
-        for words in (["--scheduler", address], ["--workers", "0"]):
-            subprocess.run(
-                [*PROGRAM, "sweep", "spec.toml", "--out", words[0].strip("-"), *words],
-                cwd=tmp_path,
-                check=True,
-                env=environment,
-                capture_output=True,
-            )
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait()
+    start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+          "--scheduler-file", "scheduler.json")  # fmt: skip
+    while not (tmp_path / "scheduler.json").exists():
+        time.sleep(0.05)
+    address = json.loads((tmp_path / "scheduler.json").read_text("utf-8"))["address"]
+    for _ in range(2):
+        start("worker", address, "--nworkers", "1", "--nthreads", "1", "--no-dashboard")
+    yield started[0], address
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_scheduler_and_its_workers_are_processes_of_their_own(cluster, spec, tmp_path):
+    """The table is that of one process."""
+    for words in (["--scheduler", cluster[1]], ["--workers", "0"]):
+        subprocess.run(
+            [*PROGRAM, "sweep", "spec.toml", "--out", words[0].strip("-"), *words],
+            cwd=tmp_path,
+            check=True,
+            env={**os.environ, "NPROC": "1"},
+            capture_output=True,
+        )
     tables = [(tmp_path / name / "table.csv").read_bytes() for name in ("scheduler", "workers")]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_loses_nothing(cluster, spec, tmp_path):
+    scheduler, address = cluster
+    written(tmp_path, MANY)
+    words = [*PROGRAM, "sweep", "spec.toml", "--out", "new"]
+    process = subprocess.Popen(
+        [*words, "--scheduler", address], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    while not results(tmp_path / "new"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    scheduler.kill()
+    _, said = process.communicate()
+    assert process.returncode == 74
+    assert "sweep stopped: the scheduler, or all of its workers, are gone; the same command" in said
+    assert "Traceback" not in said
+    finished = len(results(tmp_path / "new"))
+    assert 0 < finished < len(MANY)
+    again = subprocess.run(
+        [*words, "--workers", "0"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert f"40 tasks, {finished} of them finished before" in again.stderr
+    assert len(pd.read_csv(tmp_path / "new/table.csv")) == len(MANY)

@@ -132,6 +132,21 @@ def test_blocks_of_other_size_have_the_same_rows(whole, tmp_path):
     pd.testing.assert_frame_equal(table, load(whole), rtol=1e-6)
 
 
+def test_runs_trained_together_are_those_trained_one_by_one(whole, tmp_path):
+    """As far as the gradient tolerance fixes the minima."""
+    effort = {"starts": 1, "test_sequences": 100, "gradient_tolerance": 1e-8}
+    spec = SPEC | {"sources": ["simulation"], "simulation": effort, "seeds_per_task": 3}
+    alone = sweep(spec, tmp_path / "alone", workers=0)
+    batched = spec | {"simulation": effort | {"batch": 2}}
+    together = sweep(batched, tmp_path / "together", workers=0)
+    assert (together.pop("batch") == 2).all()
+    assert (alone.pop("batch") == 1).all()
+    assert (alone["status"] == "converged").all()
+    roundings = [name for name in alone if name.endswith((".gradient_norm", ".iterations"))]
+    observed = [table.drop(columns=roundings) for table in (alone, together)]
+    pd.testing.assert_frame_equal(*observed, rtol=1e-6)
+
+
 def test_damaged_results_are_computed_again(whole, tmp_path, counted, capsys):
     sweep(SPEC, tmp_path, workers=0)
     counted.clear()
