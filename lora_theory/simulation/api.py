@@ -109,8 +109,8 @@ def simulate(
     target = _device(device)
 
     records, arrays = [], []
-    with jax.enable_x64(True), jax.default_device(target):
-        bar = tqdm(total=seeds, desc=f"seeds at D = {dim}", disable=not progress)
+    bar = tqdm(total=seeds, desc=f"seeds at D = {dim}", disable=not progress)
+    with jax.enable_x64(True), jax.default_device(target), bar:
         for done in range(0, seeds, effort.batch):
             indices = range(first + done, first + min(done + effort.batch, seeds))
             keys = [run_key(seed, index) for index in indices]
@@ -119,7 +119,6 @@ def simulate(
                 if path is not None:
                     arrays.append(weights)
                 bar.update()
-        bar.close()
     if path is not None:
         stacked = {name: np.stack([run[name] for run in arrays]) for name in arrays[0]}
         save_weights(path, problem, seed, stacked)

@@ -73,9 +73,11 @@ def on_workers(
     Raises:
         SweepError: the scheduler, or all workers on this machine, are gone.
     """
-    with _cluster(workers, scheduler, threads) as client:
-        from distributed import as_completed
+    if importlib.util.find_spec("distributed") is None:
+        raise ProblemError(f"workers and scheduler need an extra that is not installed: {_EXTRA}")
+    from distributed import as_completed
 
+    with _told_when_gone(), _cluster(workers, scheduler, threads) as client:
         futures = client.map(
             execute, [folder] * len(tasks), list(tasks), key=[t.key for t in tasks], pure=False
         )
@@ -120,9 +122,25 @@ def _is_alone(client: Any, seen: float) -> bool:
 
 
 @contextlib.contextmanager
+def _told_when_gone() -> Iterator[None]:
+    """A lost connection as one SweepError, without the remarks of distributed about it."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    except OSError as lost:
+        if "distributed" not in type(lost).__module__:
+            raise
+        raise SweepError(_GONE) from lost
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def _cluster(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
-    if importlib.util.find_spec("distributed") is None:
-        raise ProblemError(f"workers and scheduler need an extra that is not installed: {_EXTRA}")
     import dask
     from distributed import Client, LocalCluster
 

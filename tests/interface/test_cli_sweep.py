@@ -280,5 +280,7 @@ def test_a_scheduler_that_dies_loses_nothing(cluster, spec, tmp_path):
     again = subprocess.run(
         [*words, "--workers", "0"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    assert f"40 tasks, {finished} of them finished before" in again.stderr
+    # a worker may have finished the one it was at
+    resumed = int(again.stderr.split("40 tasks, ")[1].split()[0])
+    assert finished <= resumed <= finished + 2
     assert len(pd.read_csv(tmp_path / "new/table.csv")) == len(MANY)
