@@ -45,9 +45,8 @@ def simulation(dim: int, dtype: str) -> Row:
 
     asked, kind = figure1_problem(), np.dtype(dtype).type
     with jax.enable_x64(True):
-        data = pretraining_data(run_key(0, 0), Sizes.of(asked, dim), asked.label_noise, kind)
-        penalty = kind(asked.pretraining.penalty)
-        task = pretraining_task(data, penalty, activation=asked.activation)
+        data = pretraining_data(run_key(0, 0), asked, Sizes.of(asked, dim), kind)
+        task = pretraining_task(data, asked)
         rows, columns = data.sequences.reshape(-1, dim), data.start.shape[1]
 
         @jax.jit

@@ -59,13 +59,12 @@ def descents(dim: int, gaps: list[float], folder: str) -> list[Row]:
     sizes, activation = Sizes.of(asked, dim), asked.activation
     rows = []
     with jax.enable_x64(True):
-        data = pretraining_data(key, sizes, asked.label_noise, np.float64)
-        task = pretraining_task(data, asked.pretraining.penalty, activation=activation)
+        data = pretraining_data(key, asked, sizes, np.float64)
+        task = pretraining_task(data, asked)
         best = minimise(task, data.start, TIGHT, CAP, activation=activation)
         rows += _to_gaps("pretraining", task, data.start, float(best.objective), gaps, folder)
-        noise = asked.label_noise
-        tuning = finetuning_data(key, sizes, asked.finetuning, noise, data, best.weights)
-        task = finetuning_task(tuning, asked.finetuning.penalty, activation=activation)
+        tuning = finetuning_data(key, asked, sizes, data, best.weights)
+        task = finetuning_task(tuning, asked)
         start = tuning.task_vector
         best = minimise(task, start, TIGHT, CAP, activation=activation)
         rows += _to_gaps("finetuning", task, start, float(best.objective), gaps, folder)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lora_theory import Pretraining, Problem, simulate
 from lora_theory.simulation.data import Draw, draw_normal, draw_sequences, run_key
 from lora_theory.simulation.fields import noisy_fields
-from lora_theory.simulation.measure import matrix_overlaps, sampled_errors
+from lora_theory.simulation.measure import as_matrix, matrix_overlaps, sampled_errors
 from lora_theory.simulation.minimise import minimise
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_task
 from lora_theory.simulation.sizes import Sizes
@@ -93,8 +93,7 @@ def second_data_set(tokens: int, alpha: float, dim: int, index: int) -> dict[str
         )
         fields = noisy_fields(sequences, teacher, noise, dtype(question.label_noise))
         data = PretrainingData(teacher, sequences, fields, start)
-        penalty = dtype(question.pretraining.penalty)
-        task = pretraining_task(data, penalty, activation="softmax")
+        task = pretraining_task(data, question)
         minimum = minimise(task, start, TOLERANCE, 20_000, activation="softmax")
         no_task = np.zeros((dim, 1))
         error = sampled_errors(
@@ -103,7 +102,7 @@ def second_data_set(tokens: int, alpha: float, dim: int, index: int) -> dict[str
     labels = {"tokens": tokens, "alpha": alpha, "dim": dim, "seed_index": index, "data_set": 1}
     return (
         labels
-        | matrix_overlaps(np.asarray(minimum.weights), np.asarray(teacher))
+        | matrix_overlaps(as_matrix(minimum.weights), as_matrix(teacher))
         | error.named("test_error")
         | {
             "train_error": float(minimum.train_error),

@@ -2,7 +2,7 @@
 
 from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
-from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
+from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError, Teacher
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.status import Status
 from lora_theory.sweeps import load, sweep
@@ -26,6 +26,7 @@ __all__ = [
     "ProblemError",
     "Simulation",
     "Status",
+    "Teacher",
     "compare",
     "finetune",
     "load",

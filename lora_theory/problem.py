@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-__all__ = ["FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError"]
+__all__ = ["FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Teacher"]
 
 
 class ProblemError(ValueError):
@@ -36,6 +36,56 @@ def _spec(
     return field(default=default, metadata=metadata)
 
 
+def _validate(part: Any, prefix: str) -> None:
+    """Check and normalise the plain fields of one part against its specs."""
+    for entry in dataclasses.fields(part):
+        if not entry.metadata:
+            continue
+        name, value, allowed = entry.name, getattr(part, entry.name), entry.metadata["allowed"]
+        complaint = ProblemError(f"{prefix}{name} = {value!r} is not allowed: it must be {allowed}")
+        if value is None and entry.default is None:
+            continue
+        if entry.metadata["choices"]:
+            if not isinstance(value, str) or value not in entry.metadata["choices"]:
+                raise complaint
+        elif name in _LISTS:
+            object.__setattr__(part, name, _numbers(value, complaint))
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise complaint
+        elif name == "tokens":
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise complaint
+            object.__setattr__(part, name, int(value))
+        else:
+            try:
+                number = float(value)
+            except OverflowError:
+                raise ProblemError(f"{prefix}{name} is too large: it must be finite") from None
+            in_range = number >= 0 if allowed == "≥ 0" else number > 0
+            in_range &= not (allowed.endswith("< 0.5") and number >= 0.5)
+            if not (math.isfinite(number) and in_range):
+                raise ProblemError(f"{complaint.args[0]} and finite")
+            object.__setattr__(part, name, number)
+
+
+#: Fields that hold several numbers.
+_LISTS = ("eigenvalues", "spikes")
+
+
+def _numbers(value: Any, complaint: ProblemError) -> tuple[float, ...]:
+    """One or more finite numbers, not all of them 0 (spikes: none of them)."""
+    entries = [value] if isinstance(value, numbers.Real) else value
+    try:
+        found = tuple(float(entry) for entry in entries)
+    except (TypeError, ValueError, OverflowError):
+        raise complaint from None
+    allowed = all if "other than 0" in str(complaint) else any
+    finite = len(found) > 0 and all(map(math.isfinite, found))
+    if isinstance(value, str) or not finite or not allowed(found):
+        raise complaint
+    return found
+
+
 class FieldSpec(NamedTuple):
     """What one field is: the row of the notation table, the help of the flag."""
 
@@ -48,12 +98,51 @@ class FieldSpec(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The matrix S0 behind the pre-training labels (docs/theory.md, sections 1 and 2).
+
+    Its eigenvalues follow a law of :mod:`lora_theory.laws`; its eigenvectors are uniformly random.
+    A finite number of spikes changes no order parameter, but what the learned spectrum shows.
+    """
+
+    law: str = _spec(
+        "ρ",
+        "law of the eigenvalues of S0: W0W0ᵀ/√(P0D), symmetric Gaussian, i^{−γ}, or given ones",
+        '"wishart", "goe", "power_law" or "eigenvalues"',
+        default="wishart",
+        choices=("wishart", "goe", "power_law", "eigenvalues"),
+    )
+    exponent: float | None = _spec(
+        "γ", "eigenvalues √(1−2γ)(i/D)^{−γ} of a power law", "> 0 and < 0.5", default=None
+    )
+    eigenvalues: tuple[float, ...] | None = _spec(
+        "s", "eigenvalues of equal shares of D", "numbers that are not all 0", default=None
+    )
+    spikes: tuple[float, ...] | None = _spec(
+        "θ", "rank-one matrices θvvᵀ, ‖v‖ = 1, added to S0", "numbers other than 0", default=None
+    )
+    inverse_temperature: float = _spec(
+        "τ₀", "factor of the teacher's pre-activations, σ(τ₀·)", "> 0", default=1.0
+    )
+
+    def __post_init__(self) -> None:
+        _validate(self, "teacher.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """Pre-training of W ∈ R^{D×P} on N sequences (docs/theory.md, section 1)."""
 
     samples: float = _spec("α", "pre-training sequences, N/D²", "> 0")
-    penalty: float = _spec("λ", "weight decay λ‖W‖²_F on the factor W", "> 0")
+    penalty: float = _spec("λ", "strength of the penalty, see regularizer", "> 0")
     rank: float = _spec("κ", "width of the trained factor, P/D", "> 0", default=1.0)
+    regularizer: str = _spec(
+        "R",
+        "λ‖W‖²_F on the factor, or (λD/2)‖S‖²_F or λD‖S‖_* on an unfactorised symmetric S",
+        '"weight_decay", "frobenius" or "nuclear_norm"',
+        default="weight_decay",
+        choices=("weight_decay", "frobenius", "nuclear_norm"),
+    )
 
     def __post_init__(self) -> None:
         _validate(self, "pretraining.")
@@ -72,6 +161,9 @@ class Finetuning:
         '"fresh" or "reused"',
         default="fresh",
         choices=("fresh", "reused"),
+    )
+    rescaling: float = _spec(
+        "β", "factor of the frozen weights, W → √β W, S → βS", "> 0", default=1.0
     )
 
     def __post_init__(self) -> None:
@@ -108,15 +200,22 @@ class Problem:
         '"softmax" or "linear"',
         choices=("softmax", "linear"),
     )
-    teacher_rank: float = _spec("κ₀", "rank of the pre-training teacher, P₀/D", "> 0")
+    teacher_rank: float | None = _spec(
+        "κ₀", "rank of the pre-training teacher, P₀/D, of the Wishart law", "> 0", default=None
+    )
     label_noise: float = _spec("Δ", "variance of the noise on the teacher's pre-activations", "≥ 0")
+    inverse_temperature: float = _spec(
+        "τ", "factor of the student's pre-activations, σ(τ·)", "> 0", default=1.0
+    )
+    teacher: Teacher = Teacher()
     pretraining: Pretraining
     finetuning: Finetuning | None = None
 
     def __post_init__(self) -> None:
         _validate(self, "")
-        if not isinstance(self.pretraining, Pretraining):
-            raise ProblemError(f"pretraining = {self.pretraining!r} must be a Pretraining")
+        for name, part in (("teacher", Teacher), ("pretraining", Pretraining)):
+            if not isinstance(getattr(self, name), part):
+                raise ProblemError(f"{name} = {getattr(self, name)!r} must be a {part.__name__}")
         if not isinstance(self.finetuning, Finetuning | None):
             raise ProblemError(f"finetuning = {self.finetuning!r} must be a Finetuning or None")
         if self.tokens < (1 if self.activation == "linear" else 2):
@@ -124,6 +223,19 @@ class Problem:
                 f"tokens = {self.tokens} is not allowed with activation = {self.activation!r}: "
                 "it must be an integer ≥ 2 (1 only for linear)"
             )
+        law = self.teacher.law
+        for name, wanted, value in (
+            ("teacher_rank", "wishart", self.teacher_rank),
+            ("teacher.exponent", "power_law", self.teacher.exponent),
+            ("teacher.eigenvalues", "eigenvalues", self.teacher.eigenvalues),
+        ):
+            if law == wanted and value is None:
+                (spec,) = (spec for spec in self.specs() if spec.name == name)
+                raise ProblemError(f"{name} is missing: {spec.meaning}, {spec.allowed}")
+            if law != wanted and value is not None:
+                raise ProblemError(
+                    f'{name} = {value!r} is not allowed with teacher.law = "{law}": leave it out'
+                )
 
     # -- the one definition of the fields ------------------------------------------------------
 
@@ -133,14 +245,14 @@ class Problem:
         return tuple(_specs(cls, ""))
 
     def to_flat(self) -> dict[str, Any]:
-        """Dotted field names to values; the finetuning fields are absent without fine-tuning."""
+        """Dotted field names to values; those that are None, or of no second stage, are absent."""
         flat: dict[str, Any] = {}
         for name, value in self.to_dict().items():
             if isinstance(value, dict):
                 flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
-            elif value is not None:
+            else:
                 flat[name] = value
-        return flat
+        return {name: value for name, value in flat.items() if value is not None}
 
     def replace(self, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Self:
         """A copy with some fields changed, by dotted names; top-level ones also as keywords.
@@ -173,7 +285,7 @@ class Problem:
         """
         _refuse_unknown(cls, raw, "")
         values = dict(raw)
-        for group, part in (("pretraining", Pretraining), ("finetuning", Finetuning)):
+        for group, part in _PARTS.items():
             entry = values.get(group)
             if isinstance(entry, Mapping):
                 values[group] = part(**_checked_keys(part, entry, group + "."))
@@ -195,11 +307,18 @@ class Problem:
             group, _, inner = name.rpartition(".")
             if group and f"[{group}]" not in lines:
                 lines += ["", f"[{group}]"]
-            lines.append(f"{inner} = " + (f'"{value}"' if isinstance(value, str) else repr(value)))
+            shown = f'"{value}"' if isinstance(value, str) else repr(value)
+            lines.append(f"{inner} = " + (str(list(value)) if isinstance(value, tuple) else shown))
         text = "\n".join(lines) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+
+#: The groups of fields.
+_PARTS: dict[str, type] = {
+    "teacher": Teacher, "pretraining": Pretraining, "finetuning": Finetuning,
+}  # fmt: skip
 
 
 def assign(raw: dict[str, Any], name: str, value: Any) -> None:
@@ -235,8 +354,7 @@ def _specs(part: type, prefix: str) -> Iterator[FieldSpec]:
                 data["choices"],
             )
         else:
-            inner = {"pretraining": Pretraining, "finetuning": Finetuning}[entry.name]
-            yield from _specs(inner, entry.name + ".")
+            yield from _specs(_PARTS[entry.name], entry.name + ".")
 
 
 def _refuse_unknown(part: type, raw: Mapping[str, Any], prefix: str) -> None:
@@ -255,30 +373,3 @@ def _checked_keys(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, 
             meaning, allowed = entry.metadata["meaning"], entry.metadata["allowed"]
             raise ProblemError(f"{prefix}{name} is missing: {meaning}, {allowed}")
     return dict(raw)
-
-
-def _validate(part: Any, prefix: str) -> None:
-    """Check and normalise the plain fields of one part against its specs."""
-    for entry in dataclasses.fields(part):
-        if not entry.metadata:
-            continue
-        name, value, allowed = entry.name, getattr(part, entry.name), entry.metadata["allowed"]
-        complaint = ProblemError(f"{prefix}{name} = {value!r} is not allowed: it must be {allowed}")
-        if entry.metadata["choices"]:
-            if not isinstance(value, str) or value not in entry.metadata["choices"]:
-                raise complaint
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise complaint
-        elif name == "tokens":
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise complaint
-            object.__setattr__(part, name, int(value))
-        else:
-            try:
-                number = float(value)
-            except OverflowError:
-                raise ProblemError(f"{prefix}{name} is too large: it must be finite") from None
-            in_range = number >= 0 if allowed == "≥ 0" else number > 0
-            if not (math.isfinite(number) and in_range):
-                raise ProblemError(f"{complaint.args[0]} and finite")
-            object.__setattr__(part, name, number)

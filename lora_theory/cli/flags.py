@@ -29,6 +29,7 @@ Theory and simulation of the pre-training and rank-one LoRA fine-tuning of atten
   {PROGRAM} --version       version of the package
   exit codes                 0 solved, 1 not converged (result printed), 2 bad input"""
 _GROUPS = {
+    "teacher": "The matrix S0 behind the labels: by default W0W0ᵀ/√(P0D) of rank teacher_rank.",
     "pretraining": "First stage: W is trained on N sequences, then frozen.",
     "finetuning": "Second stage: rank-one LoRA on N' sequences; without these flags there is none.",
 }
@@ -136,7 +137,8 @@ def _problem(parsed: Any) -> Problem:
         text = getattr(getattr(parsed, group) if group else parsed, name)
         if text is None:
             continue
-        assign(raw, spec.name, text if spec.choices else number(text))
+        values = [number(part) for part in text.split(",")]
+        assign(raw, spec.name, text if spec.choices else values if len(values) > 1 else values[0])
     return Problem.from_dict(raw)
 
 
@@ -187,7 +189,7 @@ def _problem_field(spec: FieldSpec) -> Any:
         str,
         f"{{{','.join(spec.choices)}}}" if spec.choices else spec.symbol,
         spec.meaning + ("" if spec.choices else f"; {spec.allowed}"),
-        hint="" if spec.default is dataclasses.MISSING else f"(default: {spec.default})",
+        hint="" if spec.default in (dataclasses.MISSING, None) else f"(default: {spec.default})",
     )
 
 

@@ -71,7 +71,8 @@ def simulate(
         device: "cpu", "gpu" or None (JAX's default).
         save: a .npz file for the weights of all seeds along the first axis: W0 (seeds, D, P0), W
             (seeds, D, P), w_star, w and w_random (seeds, D), in float64, with the problem as TOML
-            text and the root seed.  Written at the end, whole or not at all.
+            text and the root seed; S0 or S (seeds, D, D) where there is no factor.  Written at the
+            end, whole or not at all.
         test_sequences: fresh sequences per run.
         gradient_tolerance: a descent stops at ‖∇L‖/‖2λW‖ below this; 1e-5 in float64 and 1e-3 in
             float32 by default.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Key
 
 from lora_theory.attention import attention
-from lora_theory.problem import Finetuning
+from lora_theory.problem import Problem
 from lora_theory.simulation.data import Draw, draw_normal, draw_sequences, draw_task_vector
-from lora_theory.simulation.fields import centred_fields, noisy_fields
+from lora_theory.simulation.fields import Weights, centred_fields, noisy_fields
 from lora_theory.simulation.minimise import Task
 from lora_theory.simulation.pretraining import PretrainingData
 from lora_theory.simulation.sizes import Sizes
@@ -24,39 +23,48 @@ class FinetuningData(NamedTuple):
 
     task_vector: Float[Array, "D 1"]  # w*
     sequences: Float[Array, "n T D"]
-    frozen_fields: Float[Array, "n T T"]  # h, of the pre-trained weights
+    frozen_fields: Float[Array, "n T T"]  # βh, of the pre-trained weights
     teacher_fields: Float[Array, "n T T"]  # h^y, with their noise, without the task vector
 
 
 def finetuning_data(
     key: Key[Array, ""],
+    problem: Problem,
     sizes: Sizes,
-    finetuning: Finetuning,
-    label_noise: float,
     pretraining: PretrainingData,
-    weights: Float[Array, "D P"],
+    weights: Weights,
 ) -> FinetuningData:
     """Fresh sequences with fresh noise, or the first pre-training sequences with their noise."""
-    dtype, count = weights.dtype.type, sizes.finetuning_sequences
-    task_vector = draw_task_vector(Draw.TASK_VECTOR.key(key), sizes.dim, finetuning.signal, dtype)
-    if finetuning.sequences == "reused":
+    stage, count = problem.finetuning, sizes.finetuning_sequences
+    assert stage is not None
+    dtype = pretraining.start.dtype.type
+    task_vector = draw_task_vector(Draw.TASK_VECTOR.key(key), sizes.dim, stage.signal, dtype)
+    if stage.sequences == "reused":
         sequences = pretraining.sequences[:count]
         teacher_fields = pretraining.teacher_fields[:count]
     else:
         sequences, noise = draw_sequences(
             Draw.FINETUNING_SEQUENCES.key(key), count, sizes.tokens, sizes.dim, dtype
         )
-        teacher_fields = noisy_fields(sequences, pretraining.teacher, noise, dtype(label_noise))
-    return FinetuningData(
-        task_vector, sequences, centred_fields(sequences, weights), teacher_fields
-    )
+        noise_strength = dtype(problem.label_noise)
+        teacher_fields = noisy_fields(sequences, pretraining.teacher, noise, noise_strength)
+    frozen = dtype(stage.rescaling) * centred_fields(sequences, weights)
+    return FinetuningData(task_vector, sequences, frozen, teacher_fields)
 
 
-@functools.partial(jax.jit, static_argnames="activation")
-def finetuning_task(data: FinetuningData, penalty: Float[Array, ""], *, activation: str) -> Task:
-    """Fit the noisy labels σ(h^y + χ*χ*ᵀ − q₀I) with σ(h + χχᵀ − qI)."""
+def finetuning_task(data: FinetuningData, problem: Problem) -> Task:
+    """Fit the noisy labels σ(τ0(h^y + χ*χ*ᵀ − q₀I)) with σ(τ(βh + χχᵀ − qI))."""
+    stage, dtype = problem.finetuning, data.sequences.dtype.type
+    assert stage is not None
     shifted = data.teacher_fields + centred_fields(data.sequences, data.task_vector)
-    return Task(data.sequences, data.frozen_fields, attention(shifted, activation), penalty)
+    labels = attention(dtype(problem.teacher.inverse_temperature) * shifted, problem.activation)
+    return Task(
+        data.sequences,
+        data.frozen_fields,
+        labels,
+        dtype(stage.penalty),
+        dtype(problem.inverse_temperature),
+    )
 
 
 def random_start(

@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Key
 from lora_theory.attention import attention
 from lora_theory.problem import Problem
 from lora_theory.simulation.data import Draw, sequence_chunks
-from lora_theory.simulation.fields import centred_fields, noisy_fields
+from lora_theory.simulation.fields import Symmetric, Weights, centred_fields, noisy_fields
 from lora_theory.simulation.results import NOTHING_LEARNT, Numbers
 
 __all__ = [
     "SampledError",
+    "as_matrix",
     "cross_terms",
     "effective_noise",
     "matrix_overlaps",
@@ -27,21 +28,21 @@ __all__ = [
 ]
 
 
-Matrix = Float[np.ndarray, "D P"]
+Matrix = Float[np.ndarray, "D D"]
 Vector = Float[np.ndarray, " D"]
 
 
-def _trace_of_product(left: Matrix, right: Matrix) -> float:
-    """Tr(S_left S_right)/D with S = WWᵀ/√(PD), without forming a D×D matrix."""
-    dim, rank = left.shape
-    scale = dim**2 * math.sqrt(rank * right.shape[1])
-    return float(np.sum((left.T @ right) ** 2) / scale)
+def as_matrix(weights: Weights) -> Matrix:
+    """S of given weights, in float64."""
+    if isinstance(weights, Symmetric):
+        return np.asarray(weights.matrix, dtype=np.float64)
+    factor = np.asarray(weights, dtype=np.float64)
+    return np.asarray(factor @ factor.T / math.sqrt(factor.size))
 
 
-def matrix_overlaps(weights: Matrix, teacher: Matrix) -> Numbers:
+def matrix_overlaps(S: Matrix, S0: Matrix) -> Numbers:
     """Q = Tr S²/D, M = Tr S S₀/D, Q₀ = Tr S₀²/D and M/√(Q Q₀)."""
-    Q, M = _trace_of_product(weights, weights), _trace_of_product(weights, teacher)
-    Q0 = _trace_of_product(teacher, teacher)
+    Q, M, Q0 = (float(np.sum(left * right)) / len(S) for left, right in ((S, S), (S, S0), (S0, S0)))
     overlap = M / math.sqrt(Q * Q0) if Q > NOTHING_LEARNT else 0.0
     return {"Q": Q, "M": M, "Q0": Q0, "overlap": overlap}
 
@@ -60,21 +61,14 @@ def vector_overlaps(vector: Vector, task_vector: Vector) -> Numbers:
     return {"q": q, "m": m, "overlap": m / math.sqrt(q * q_0) if q > NOTHING_LEARNT else 0.0}
 
 
-def cross_terms(weights: Matrix, teacher: Matrix, vector: Vector, task_vector: Vector) -> Numbers:
+def cross_terms(S: Matrix, S0: Matrix, vector: Vector, task_vector: Vector) -> Numbers:
     """(w*ᵀKw* − wᵀKw)/D^{3/2} and w*ᵀKw*/D^{3/2} with K = S₀ − Ŝ (docs/theory.md, section 7).
 
     They are O(1/√D) and absent from the asymptotics: for σ(A) = A/T the test error E' (the frozen
     one) of a finite system holds exactly 2(T+1)/T times the first (the second).
     """
-
-    def form(factor: Matrix, direction: Vector) -> float:
-        """directionᵀ S direction / D^{3/2}, S = factor factorᵀ/√(PD)."""
-        dim, rank = factor.shape
-        return float(np.sum((factor.T @ direction) ** 2) / (dim**2 * math.sqrt(rank)))
-
-    frozen, tuned = (
-        form(teacher, direction) - form(weights, direction) for direction in (task_vector, vector)
-    )
+    gap, scale = S0 - S, len(S) ** 1.5
+    frozen, tuned = (float(w @ gap @ w) / scale for w in (task_vector, vector))
     return {"cross_term": frozen - tuned, "frozen_cross_term": frozen}
 
 
@@ -93,24 +87,28 @@ class SampledError(NamedTuple):
 def _losses(
     sequences: Float[Array, "n T D"],
     noise: Float[Array, "n T T"],
-    weights: Float[Array, "D P"],
-    teacher: Float[Array, "D P0"],
-    label_noise: Float[Array, ""],
+    weights: Weights,
+    teacher: Weights,
+    numbers: Float[Array, " 4"],
     task_vector: Float[Array, "D 1"],
     vectors: list[Float[Array, "D 1"]],
     *,
     activation: str,
 ) -> Float[Array, "errors n"]:
-    frozen = centred_fields(sequences, weights)
+    label_noise, rescaling, temperature, temperature_0 = numbers
+    trained = centred_fields(sequences, weights)
+    frozen = rescaling * trained
     fields = noisy_fields(sequences, teacher, noise, label_noise)
     shifted = fields + centred_fields(sequences, task_vector)
     tuned = [frozen + centred_fields(sequences, vector) for vector in vectors]
 
     def loss(label: Array, student: Array) -> Float[Array, " n"]:
-        gap = attention(label, activation) - attention(student, activation)
+        gap = attention(temperature_0 * label, activation) - attention(
+            temperature * student, activation
+        )
         return jnp.sum(gap**2, axis=(1, 2))
 
-    losses = [loss(fields, frozen), *(loss(shifted, student) for student in [frozen, *tuned])]
+    losses = [loss(fields, trained), *(loss(shifted, student) for student in [frozen, *tuned])]
     return jnp.stack(losses).astype(jnp.float64)
 
 
@@ -118,8 +116,8 @@ def sampled_errors(
     key: Key[Array, ""],
     count: int,
     problem: Problem,
-    weights: Float[Array, "D P"],
-    teacher: Float[Array, "D P0"],
+    weights: Weights,
+    teacher: Weights,
     task_vector: Float[Array, "D 1"],
     vectors: list[Float[Array, "D 1"]],
 ) -> list[SampledError]:
@@ -128,10 +126,13 @@ def sampled_errors(
     First E (pre-training task), then the frozen error (fine-tuning task, χ = 0, q = 0), then E'
     of each of the ``vectors``, all on the same sequences.
     """
-    dtype, dim = weights.dtype.type, weights.shape[0]
+    dtype, dim = task_vector.dtype.type, task_vector.shape[0]
     chunks = sequence_chunks(Draw.TEST_SEQUENCES.key(key), count, problem.tokens, dim, dtype)
-    label_noise, activation = dtype(problem.label_noise), problem.activation
-    factors = weights, teacher, label_noise, task_vector, vectors
+    activation = problem.activation
+    rescaling = problem.finetuning.rescaling if problem.finetuning else 1.0
+    temperatures = problem.inverse_temperature, problem.teacher.inverse_temperature
+    numbers = np.array([problem.label_noise, rescaling, *temperatures], dtype)
+    factors = weights, teacher, numbers, task_vector, vectors
     parts = [_losses(*chunk, *factors, activation=activation) for chunk in chunks]
     losses = np.concatenate(parts, axis=1)
     means, deviations = losses.mean(axis=1), losses.std(axis=1, ddof=1)

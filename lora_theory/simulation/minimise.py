@@ -1,4 +1,4 @@
-"""Minimisation of a training loss over the factor W of a student (docs/theory.md, section 1).
+"""Minimisation of a training loss over the weights of a student (docs/theory.md, section 1).
 
 Both stages are the same task: the fields of the student are those of frozen weights (none in
 pre-training) plus the centred fields of W, of which the LoRA vector is the case of one column.
@@ -16,9 +16,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Integer
 
 from lora_theory.attention import attention
-from lora_theory.simulation.fields import centred_fields
+from lora_theory.simulation.fields import Symmetric, Weights, centred_fields
 
-__all__ = ["Minimum", "Task", "minimise", "minimise_together", "training_loss"]
+__all__ = ["Minimum", "Task", "minimise", "minimise_together", "student", "training_loss"]
 
 #: Weights of this root mean square or less count as this large in the stopping rule, so that a
 #: minimum at W = 0 is recognised.
@@ -28,30 +28,56 @@ PATIENCE = 20
 
 
 class Task(NamedTuple):
-    """Fit σ(frozen + fields of W) to the targets, with the penalty λ‖W‖²_F."""
+    """Fit σ(τ(frozen + fields of W)) to the targets, with a penalty.
+
+    The trained numbers have the form of a regularizer: "weight_decay", a factor W with λ‖W‖²_F;
+    "nuclear_norm", factors (A, B) side by side of S = (AAᵀ − BBᵀ)/D with λ(‖A‖² + ‖B‖²), which at
+    its least is λD Σ|s_i|; "frobenius", the symmetric S with (λD/2)‖S‖²_F.
+    """
 
     sequences: Float[Array, "n T D"]
     frozen: Float[Array, "n T T"]
     targets: Float[Array, "n T T"]
     penalty: Float[Array, ""]
+    inverse_temperature: Float[Array, ""] | float = 1.0
 
 
 class Minimum(NamedTuple):
     """Where the descent stopped."""
 
-    weights: Float[Array, "D P"]
+    weights: Float[Array, "D P"]  # in the form of the regularizer
     objective: Float[Array, ""]  # the loss with its penalty
     train_error: Float[Array, ""]  # mean loss per sequence, penalty excluded
-    relative_gradient: Float[Array, ""]  # ‖∇L‖ / ‖2λW‖
+    relative_gradient: Float[Array, ""]  # ‖∇L‖ over that of the penalty, ‖2λW‖
     iterations: Integer[Array, ""]
     converged: Bool[Array, ""]
 
 
-def training_loss(task: Task, weights: Float[Array, "D P"], activation: str) -> Float[Array, ""]:
-    """Σ_μ ‖σ(frozen + fields of W) − target‖²_F + λ‖W‖²_F."""
-    fields = task.frozen + centred_fields(task.sequences, weights)
-    mismatch = jnp.sum((task.targets - attention(fields, activation)) ** 2)
-    return mismatch + task.penalty * jnp.sum(weights**2)
+def student(weights: Float[Array, "D P"], form: str) -> Weights:
+    """The weights of the student whose trained numbers have the form of a regularizer."""
+    dim = weights.shape[0]
+    if form == "nuclear_norm":
+        A, B = weights[:, :dim], weights[:, dim:]
+        exact = jax.lax.Precision.HIGHEST
+        return Symmetric(
+            (jnp.matmul(A, A.T, precision=exact) - jnp.matmul(B, B.T, precision=exact)) / dim
+        )
+    return Symmetric((weights + weights.T) / 2) if form == "frobenius" else weights
+
+
+def _penalty(weights: Float[Array, "D P"], form: str) -> Float[Array, ""]:
+    """Without its strength λ."""
+    square = jnp.sum(weights**2)
+    return square * weights.shape[0] / 2 if form == "frobenius" else square
+
+
+def training_loss(
+    task: Task, weights: Float[Array, "D P"], activation: str, form: str = "weight_decay"
+) -> Float[Array, ""]:
+    """Σ_μ ‖σ(τ(frozen + fields of W)) − target‖²_F and the penalty."""
+    fields = task.frozen + centred_fields(task.sequences, student(weights, form))
+    fitted = attention(task.inverse_temperature * fields, activation)
+    return jnp.sum((task.targets - fitted) ** 2) + task.penalty * _penalty(weights, form)
 
 
 class _State(NamedTuple):
@@ -64,7 +90,7 @@ class _State(NamedTuple):
     since_lowest: Integer[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames="activation")
+@functools.partial(jax.jit, static_argnames=("activation", "form"))
 def minimise(
     task: Task,
     start: Float[Array, "D P"],
@@ -72,22 +98,28 @@ def minimise(
     max_iterations: Integer[Array, ""],
     *,
     activation: str,
+    form: str = "weight_decay",
 ) -> Minimum:
     """The local minimum of the training loss reached from ``start``.
 
-    It stops when ‖∇L‖ ≤ ``tolerance`` ‖2λW‖, after ``max_iterations``, or when rounding keeps the
-    loss from falling; only the first counts as converged.
+    It stops when ‖∇L‖ ≤ ``tolerance`` times the gradient of the penalty, ‖2λW‖, after
+    ``max_iterations``, or when rounding keeps the loss from falling; only the first counts as
+    converged.
     """
     solver = optax.lbfgs()
 
     def loss(weights: Array) -> Array:
-        return training_loss(task, weights, activation)
+        return training_loss(task, weights, activation, form)
 
     evaluate = optax.value_and_grad_from_state(loss)
 
     def relative_gradient(state: _State) -> Array:
-        smallest = SMALLEST_SCALE * start.size**0.5
-        scale = 2 * task.penalty * jnp.maximum(jnp.linalg.norm(state.weights), smallest)
+        # entries of S are smaller than those of its factor
+        size, slope = (
+            (start.size**0.25, len(start)) if form == "frobenius" else (start.size**0.5, 2)
+        )
+        smallest = SMALLEST_SCALE * size
+        scale = slope * task.penalty * jnp.maximum(jnp.linalg.norm(state.weights), smallest)
         return jnp.asarray(jnp.linalg.norm(state.gradient) / scale)
 
     def unfinished(state: _State) -> Array:
@@ -120,7 +152,7 @@ def minimise(
     first = _State(start, objective, gradient, solver.init(start), zero, objective, zero)
     end = jax.lax.while_loop(unfinished, advance, first)
     remaining = relative_gradient(end)
-    data_loss = end.objective - task.penalty * jnp.sum(end.weights**2)
+    data_loss = end.objective - task.penalty * _penalty(end.weights, form)
     return Minimum(
         end.weights,
         end.objective,
@@ -131,7 +163,7 @@ def minimise(
     )
 
 
-@functools.partial(jax.jit, static_argnames="activation")
+@functools.partial(jax.jit, static_argnames=("activation", "form"))
 def minimise_together(
     tasks: Task,
     starts: Float[Array, "runs D P"],
@@ -139,11 +171,14 @@ def minimise_together(
     max_iterations: Integer[Array, ""],
     *,
     activation: str,
+    form: str = "weight_decay",
 ) -> Minimum:
     """:func:`minimise` for several tasks of one shape, stacked along a first axis."""
 
     def one(task: Task, start: Array) -> Minimum:
-        minimum: Minimum = minimise(task, start, tolerance, max_iterations, activation=activation)
+        minimum: Minimum = minimise(
+            task, start, tolerance, max_iterations, activation=activation, form=form
+        )
         return minimum
 
     return jax.vmap(one)(tasks, starts)

@@ -11,15 +11,23 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from lora_theory.problem import Problem
+from lora_theory.simulation.fields import Symmetric, Weights
 from lora_theory.simulation.finetuning import finetuning_data, finetuning_task, random_start
 from lora_theory.simulation.measure import (
+    as_matrix,
     cross_terms,
     effective_noise,
     matrix_overlaps,
     sampled_errors,
     vector_overlaps,
 )
-from lora_theory.simulation.minimise import Minimum, Task, minimise, minimise_together
+from lora_theory.simulation.minimise import (
+    Minimum,
+    Task,
+    minimise,
+    minimise_together,
+    student,
+)
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
 from lora_theory.simulation.results import Numbers, SeedRecord
 from lora_theory.simulation.sizes import Sizes
@@ -42,16 +50,15 @@ def run_seeds(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
     """The numbers of some runs, trained together, and the teachers and trained weights of each."""
-    dtype, activation = effort.dtype, problem.activation
-    data = [pretraining_data(key, sizes, problem.label_noise, dtype) for key in keys]
-    penalty = dtype(problem.pretraining.penalty)
-    tasks = [pretraining_task(run, penalty, activation=activation) for run in data]
-    pretrained = _descend(tasks, [run.start for run in data], activation, effort)
-    weights = [minimum.weights for minimum in pretrained]
+    data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
+    tasks = [pretraining_task(run, problem) for run in data]
+    form = problem.pretraining.regularizer
+    pretrained = _descend(tasks, [run.start for run in data], problem, effort, form)
+    weights = [student(minimum.weights, form) for minimum in pretrained]
     finetuned = _finetuned(problem, sizes, effort, keys, data, weights)
     return [
         _measured(problem, sizes, effort, *run)
-        for run in zip(keys, data, pretrained, *finetuned, strict=True)
+        for run in zip(keys, data, pretrained, weights, *finetuned, strict=True)
     ]
 
 
@@ -62,6 +69,7 @@ def _measured(
     key: Key[Array, ""],
     data: PretrainingData,
     pretrained: Minimum,
+    weights: Weights,
     task_vector: Array,
     minima: Sequence[Minimum],
 ) -> tuple[SeedRecord, dict[str, np.ndarray]]:
@@ -69,15 +77,18 @@ def _measured(
         key,
         effort.test_sequences,
         problem,
-        pretrained.weights,
+        weights,
         data.teacher,
         task_vector,
         [minimum.weights for minimum in minima],
     )
-    W, W0 = _double(pretrained.weights), _double(data.teacher)
+    S, S0 = as_matrix(weights), as_matrix(data.teacher)
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
-    overlaps = matrix_overlaps(W, W0)
-    noise = effective_noise(overlaps["Q"], overlaps["M"], overlaps["Q0"], problem.label_noise)
+    overlaps = matrix_overlaps(S, S0)
+    beta = problem.finetuning.rescaling if problem.finetuning else 1.0
+    noise = effective_noise(
+        beta**2 * overlaps["Q"], beta * overlaps["M"], overlaps["Q0"], problem.label_noise
+    )
     record = SeedRecord(
         pretraining=overlaps | test.named("test_error") | _descent(pretrained, sizes.dim**2),
         effective_noise=noise,
@@ -85,17 +96,24 @@ def _measured(
             vector_overlaps(vector, w_star)
             | error.named("test_error")
             | frozen.named("frozen_test_error")
-            | cross_terms(W, W0, vector, w_star)
+            | cross_terms(beta * S, S0, vector, w_star)
             | _descent(minimum, sizes.dim)
             for vector, error, minimum in zip(vectors, tuned, minima, strict=True)
         ),
     )
-    arrays = {"W0": W0, "W": W}
+    arrays = dict([_named("W0", "S0", data.teacher), _named("W", "S", weights)])
     if vectors:
         arrays |= {"w_star": w_star, "w": vectors[0]}
     if record.random:
         arrays["w_random"] = vectors[record.lowest_random]
     return record, arrays
+
+
+def _named(factor: str, matrix: str, weights: Weights) -> tuple[str, np.ndarray]:
+    """The name under which weights are saved, and the array."""
+    if isinstance(weights, Symmetric):
+        return matrix, _double(weights.matrix)
+    return factor, _double(weights)
 
 
 def _double(array: Array) -> np.ndarray:
@@ -108,7 +126,7 @@ def _finetuned(
     effort: Effort,
     keys: Sequence[Key[Array, ""]],
     pretraining: Sequence[PretrainingData],
-    weights: Sequence[Array],
+    weights: Sequence[Weights],
 ) -> tuple[list[Array], list[list[Minimum]]]:
     """w* of each run, and its minima, from w* and from the random starts (0 and none without w).
 
@@ -119,11 +137,10 @@ def _finetuned(
     if finetuning is None:
         return [jnp.zeros((sizes.dim, 1), effort.dtype)] * len(keys), [[]] * len(keys)
     data = [
-        finetuning_data(key, sizes, finetuning, problem.label_noise, stage, frozen)
+        finetuning_data(key, problem, sizes, stage, frozen)
         for key, stage, frozen in zip(keys, pretraining, weights, strict=True)
     ]
-    penalty = effort.dtype(finetuning.penalty)
-    tasks = [finetuning_task(run, penalty, activation=problem.activation) for run in data]
+    tasks = [finetuning_task(run, problem) for run in data]
     vectors = [run.task_vector for run in data]
     starts = [vectors] + [
         [
@@ -132,19 +149,24 @@ def _finetuned(
         ]
         for index in range(effort.starts)
     ]
-    minima = [_descend(tasks, start, problem.activation, effort) for start in starts]
+    minima = [_descend(tasks, start, problem, effort) for start in starts]
     return vectors, [list(run) for run in zip(*minima, strict=True)]
 
 
 def _descend(
-    tasks: Sequence[Task], starts: Sequence[Array], activation: str, effort: Effort
+    tasks: Sequence[Task],
+    starts: Sequence[Array],
+    problem: Problem,
+    effort: Effort,
+    form: str = "weight_decay",
 ) -> list[Minimum]:
     """One descent per run, all in one batch."""
     limits = effort.gradient_tolerance, effort.max_iterations
+    kind = {"activation": problem.activation, "form": form}
     if len(tasks) == 1:
-        return [minimise(tasks[0], starts[0], *limits, activation=activation)]
+        return [minimise(tasks[0], starts[0], *limits, **kind)]
     together = jax.tree.map(lambda *parts: jnp.stack(parts), *tasks)
-    minima = minimise_together(together, jnp.stack(starts), *limits, activation=activation)
+    minima = minimise_together(together, jnp.stack(starts), *limits, **kind)
     return [jax.tree.map(lambda part, run=run: part[run], minima) for run in range(len(tasks))]
 
 

@@ -21,7 +21,7 @@ class Sizes(NamedTuple):
 
     dim: int
     tokens: int
-    teacher_rank: int  # P0 = round(kappa0 D)
+    teacher_rank: int  # P0 = round(kappa0 D), D for other laws
     student_rank: int  # P = round(kappa D)
     pretraining_sequences: int  # N = round(alpha D^2)
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
@@ -46,7 +46,11 @@ class Sizes(NamedTuple):
         sizes = cls(
             dim=dim,
             tokens=problem.tokens,
-            teacher_rank=_rounded("teacher_rank", problem.teacher_rank, dim, dim),
+            teacher_rank=(
+                _rounded("teacher_rank", problem.teacher_rank, dim, dim)
+                if problem.teacher_rank is not None
+                else dim
+            ),
             student_rank=_rounded("pretraining.rank", pretraining.rank, dim, dim),
             pretraining_sequences=_rounded(
                 "pretraining.samples", pretraining.samples, dim * dim, dim

@@ -108,6 +108,21 @@ class Averages:
         """The same on the first ``chunks`` alone, taken as one block."""
         return Averages(self.equations, self.chunks[:chunks], 1)
 
+    def like(self, other: Averages) -> Averages:
+        """These, with the minima that another one remembers on the same nodes."""
+        self._minima = list(other._minima)
+        return self
+
+    def of(
+        self, unknowns: Float[np.ndarray, " n"], function: Callable[[Any, Any], Any]
+    ) -> Float[np.ndarray, "R K"]:
+        """Further averages at ``unknowns``: ``function`` of a chunk and its minima gives rows."""
+        self.at(unknowns, search=True)
+        rows = in_parallel(
+            lambda i: function(self.chunks[i], self._minima[i]), range(len(self.chunks))
+        )
+        return self._by_block(np.concatenate([np.asarray(part) for part in rows]))
+
     def at(
         self,
         unknowns: Float[np.ndarray, " n"],
@@ -140,12 +155,12 @@ class Averages:
         with np.errstate(invalid="ignore", over="ignore"):
             jacobian = np.mean([part.jacobian for part in parts], axis=0)
 
-        def by_block(rows: Float[np.ndarray, "rows K"]) -> Float[np.ndarray, "R K"]:
-            # what is not finite, far from any root, is judged by those who read it
-            with np.errstate(invalid="ignore", over="ignore"):
-                return np.asarray(rows.reshape(self.blocks, -1, rows.shape[1]).mean(axis=1))
+        return BlockValues(self._by_block(residual), self._by_block(observables), jacobian)
 
-        return BlockValues(by_block(residual), by_block(observables), jacobian)
+    def _by_block(self, rows: Float[np.ndarray, "rows K"]) -> Float[np.ndarray, "R K"]:
+        # what is not finite, far from any root, is judged by those who read it
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.asarray(rows.reshape(self.blocks, -1, rows.shape[1]).mean(axis=1))
 
     def _starts(
         self, index: int, unknowns: Float[np.ndarray, " n"], search: bool, away: float

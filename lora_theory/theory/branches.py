@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -54,15 +55,26 @@ class FrozenWeights(NamedTuple):
     M: Float[np.ndarray, " R"]
     V: Float[np.ndarray, " R"]
     label_variance: float
+    rescaling: float = 1.0  # β: fields of the frozen weights are multiplied by it
+
+    @property
+    def rescaled(self) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+        """Q and M of βS."""
+        return self.rescaling**2 * self.Q, self.rescaling * self.M
 
     def effective_noise(self) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on the test law."""
-        return effective_noise(self.Q, self.M, self.label_variance)
+        return effective_noise(*self.rescaled, self.label_variance)
 
     def training_noise(self, tokens: int, reused: bool) -> Float[np.ndarray, " R"]:
-        """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4)."""
-        shrink = (1 + 4 * self.V / tokens**2) ** 2 if reused else 1.0
-        return np.asarray(np.maximum(self.effective_noise(), 0.0) / shrink)
+        """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4).
+
+        The field of a re-used sequence is β times a mean of z and z^y with weights 1 − p and p.
+        """
+        p = self.V / (self.V + tokens**2 / 4) if reused else 0.0
+        label, own = 1 - self.rescaling * p, self.rescaling * (1 - p)
+        noise = label**2 * self.label_variance - 2 * label * own * self.M + own**2 * self.Q
+        return np.asarray(np.maximum(noise, 0.0))
 
 
 def solve_branches(
@@ -187,9 +199,18 @@ class FinetuningNodes:
 
         def fields(part: tuple[np.ndarray, list[np.ndarray]]) -> lora.SoftmaxFields:
             chunk, (Q, M, V) = part
-            return lora.softmax_fields(chunk, Q, M, V, self.task, tokens=tokens, reused=reused)
+            return lora.softmax_fields(
+                chunk, Q, M, V, self.task,
+                tokens=tokens, reused=reused, rescaling=weights.rescaling,
+            )  # fmt: skip
 
         self._fields = in_parallel(fields, zip(chunks, parts, strict=True))
+
+    def under(self, stage: Finetuning) -> FinetuningNodes:
+        """The same nodes for another number of samples or penalty."""
+        nodes = copy.copy(self)
+        nodes.task = self.task._replace(samples=stage.samples, penalty=stage.penalty)
+        return nodes
 
     @property
     def has_few(self) -> bool:
@@ -230,7 +251,7 @@ class _TestErrors:
         self._errors = Errors(
             activation, tokens, weights.label_variance, blocks=blocks, seed=discretisation.seed
         )
-        self._Q, self._M = (np.broadcast_to(part, (blocks,)) for part in weights[:2])
+        self._Q, self._M = (np.broadcast_to(part, (blocks,)) for part in weights.rescaled)
         nothing = np.zeros(blocks)
         self.frozen = self._estimate(nothing, nothing, 0.0, 0.0)
 

@@ -203,16 +203,18 @@ def softmax_fields(
     *,
     tokens: int,
     reused: bool,
+    rescaling: float = 1.0,
 ) -> SoftmaxFields:
     """The fields that (Q, M, V), here one value per node, leave to fine-tuning.
 
     Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z
-    (docs/theory.md, section 3).
+    (docs/theory.md, section 3); either is multiplied by ``rescaling``.
     """
     at, *parts = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
     label, training = _frozen_fields(at, *parts[:2], task.label_variance, tokens)
     if reused:
         training = _reused_fields(label, training, parts[2], tokens)
+    training = rescaling * training
     fields: SoftmaxFields = _softmax_fields(at, label, training, task.signal, tokens)
     return fields
 
@@ -341,6 +343,33 @@ def _softmax_values(
     return with_jacobian(lambda x: _rows(x, output, task, held), unknowns)
 
 
+@quickly_compiled("blocks")
+def _linear_growth(unknowns: Array, fields: LinearFields, task: Task, blocks: int) -> Array:
+    point = q, _, v, _ = _point(unknowns, task.signal)
+    omega = _center(point, fields, task)
+    prox = linear_lora_proximal(fields.levels + q, omega, v)
+    return _growth(point, omega, prox.force, fields.signal, task, blocks)
+
+
+@quickly_compiled("blocks")
+def _softmax_growth(
+    unknowns: Array, fields: SoftmaxFields, task: Task, minima: Array, blocks: int
+) -> Array:
+    point = _point(unknowns, task.signal)
+    arguments = _arguments(unknowns, fields, task)
+    prox = softmax_lora_proximal(*arguments, minima[0])
+    return _growth(point, arguments[2], prox.force, fields.signal, task, blocks)
+
+
+def _growth(
+    point: _Point, omega: Array, force: Array, signal: Array, task: Task, blocks: int
+) -> Array:
+    q, _, v, _ = point
+    along = jnp.sum(omega * signal, 0) * jnp.sum(signal * force, 0) / task.signal
+    term = along - jnp.sum(omega * force, 0)
+    return task.samples * v / q * block_means(term, blocks)[:, None]
+
+
 def relaxation(residual: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
     """Damped step of (log s, m/q0, log v); s, bounded, does not outrun its response v."""
     growth, gain, response = residual
@@ -366,6 +395,13 @@ class LinearFinetuning(Equations):
         """Residuals and observables of the blocks of a chunk."""
         out = _linear_values(unknowns, chunk, self._task, self._held, self._blocks)
         return BlockValues.of(*out)
+
+    def signal_growth(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: LinearFields, minima: None
+    ) -> Float[Array, "blocks 1"]:
+        """(α'v/q) E ωᵀ(χ*χ*ᵀ/q0 − I)G: the root with m = 0 is unstable to m where it exceeds 1."""
+        growth: Array = _linear_growth(unknowns, chunk, self._task, self._blocks)
+        return growth
 
 
 class SoftmaxFinetuning(Equations):
@@ -394,3 +430,10 @@ class SoftmaxFinetuning(Equations):
         """Residuals and observables of the blocks of a chunk."""
         out = _softmax_values(unknowns, chunk, self._task, self._held, minima, self._blocks)
         return BlockValues.of(*out)
+
+    def signal_growth(
+        self, unknowns: Float[np.ndarray, " 3"], chunk: SoftmaxFields, minima: Array
+    ) -> Float[Array, "blocks 1"]:
+        """As for linear attention."""
+        growth: Array = _softmax_growth(unknowns, chunk, self._task, minima, self._blocks)
+        return growth

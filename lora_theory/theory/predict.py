@@ -25,6 +25,7 @@ from lora_theory.theory.results import (
     PretrainingPrediction,
 )
 from lora_theory.theory.roots import Root, first_good, solve, standard_error, with_jumps
+from lora_theory.theory.units import Units
 
 __all__ = [
     "finetune",
@@ -62,8 +63,7 @@ def predict(
         tolerance: largest relative residual that counts as converged.
 
     Raises:
-        ProblemError: ``pretraining.rank`` is below the rank the weights want to learn, there are
-            more than 8 tokens, or a setting is not allowed.
+        ProblemError: there are more than 8 tokens, or a setting is not allowed.
 
     Example:
         >>> from lora_theory import Finetuning, Pretraining, Problem, predict
@@ -81,21 +81,23 @@ def predict(
     _check_tokens(problem.tokens)
     with jax.enable_x64(True):
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
-        weights = frozen_weights(problem, root)
+        weights, units = frozen_weights(problem, root), Units.of(problem)
         pretraining = _pretraining_prediction(problem, root, weights, discretisation)
         noise = _effective_noise(problem, weights)
         branches: tuple[FinetuningPrediction, ...] = ()
         if problem.finetuning is not None:
-            branches = solve_branches(
-                problem.finetuning, weights, problem.tokens, problem.activation, discretisation
+            stage = units.stage(problem.finetuning)
+            found = solve_branches(
+                stage, weights, problem.tokens, problem.activation, discretisation
             )
+            branches = tuple(units.finetuning(branch) for branch in found)
     chosen = branches[0] if branches else None
     status = _worst([pretraining.status] + ([chosen.status] if chosen else []))
     return Prediction(
         problem=problem,
         status=status,
-        pretraining=pretraining,
-        effective_noise=noise,
+        pretraining=units.pretraining(pretraining),
+        effective_noise=units.effective_noise(noise),
         finetuning=chosen,
         branches=branches,
     )
@@ -259,11 +261,6 @@ def _pretraining_prediction(
         status = Status.COLLAPSED if status.is_solved else status
     else:
         rank = pre.rank_at(root.unknowns, pre.Constants.of(problem))
-    if status.is_solved and problem.pretraining.rank < rank:
-        raise ProblemError(
-            f"pretraining.rank = {problem.pretraining.rank:g} is not allowed: it must be at least "
-            f"{rank:.4g}, the rank over D that the weights learn at this penalty"
-        )
     return PretrainingPrediction(
         status=status,
         residual=root.residual,
@@ -282,12 +279,13 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     else:
         values = np.array([pre.weights_at(x, constants) for x in root.block_unknowns]).T
     Q, M, V = values
-    return FrozenWeights(Q, M, V, constants.label_variance)
+    beta = problem.finetuning.rescaling if problem.finetuning else 1.0
+    return FrozenWeights(Q, M, V, constants.label_variance, beta)
 
 
 def _effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:
     reused = problem.finetuning is not None and problem.finetuning.sequences == "reused"
-    Q, M = weights.Q, weights.M
+    Q, M = weights.rescaled
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = M / Q
         variance = weights.label_variance - np.where(Q > 0, M * gain, 0.0)

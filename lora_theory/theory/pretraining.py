@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
+from lora_theory.laws import Law, law_of
 from lora_theory.problem import Problem
 from lora_theory.theory.averages import BlockValues, Equations
 from lora_theory.theory.compilation import quickly_compiled
@@ -29,8 +30,15 @@ from lora_theory.theory.proximal import (
     softmax_field_minima,
     softmax_field_proximal,
 )
+from lora_theory.theory.regularizers import (
+    Frobenius,
+    NarrowFactor,
+    NuclearNorm,
+    Regularizer,
+    WeightDecay,
+)
 from lora_theory.theory.roots import log_ratio
-from lora_theory.theory.spectrum import learned_rank, truncated_second_moment
+from lora_theory.theory.units import Units
 
 __all__ = [
     "OBSERVABLES",
@@ -63,23 +71,34 @@ _EPSILON = float(np.finfo(float).eps)
 
 
 class Constants(NamedTuple):
-    """The numbers of a problem that the equations of pre-training contain."""
+    """What the equations of pre-training contain of a problem, without temperatures (Units)."""
 
     samples: float  # α
-    scaled_penalty: float  # λ̃ = √κ λ
-    teacher_rank: float  # κ0
     label_variance: float  # Q0 + Δ/2, variance of z^y
+    law: Law  # of S0 …
+    teacher_scale: float  # … which is multiplied by τ0
+    regularizer: Regularizer
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
         """The constants of ``problem``."""
-        stage = problem.pretraining
-        return cls(
-            stage.samples,
-            math.sqrt(stage.rank) * stage.penalty,
-            problem.teacher_rank,
-            1 + problem.teacher_rank + problem.label_noise / 2,
-        )
+        stage, units, law = problem.pretraining, Units.of(problem), law_of(problem)
+        kind: Regularizer
+        if stage.regularizer == "weight_decay":
+            kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
+            if stage.rank < 1:
+                kind = NarrowFactor(kind, stage.rank)
+        elif stage.regularizer == "frobenius":
+            kind = Frobenius(stage.penalty / units.student**2)
+        else:
+            kind = NuclearNorm(stage.penalty / units.student)
+        variance = float(law.moments()[1]) + problem.label_noise / 2
+        return cls(stage.samples, units.teacher**2 * variance, law, units.teacher, kind)
+
+    @property
+    def teacher_square(self) -> float | Array:
+        """Q0."""
+        return self.teacher_scale**2 * self.law.moments()[1]
 
 
 def weight_potential(
@@ -88,15 +107,9 @@ def weight_potential(
     V_hat: Float[Array, ""],
     constants: Constants,
 ) -> Float[Array, ""]:
-    """Ψ = (M̂²/4V̂) J(√Q̂/M̂, 2λ̃/M̂), the weight part of Φ (docs/theory.md, section 2)."""
-    J = truncated_second_moment(*_soft_threshold(Q_hat, M_hat, constants))
-    return M_hat**2 / (4 * V_hat) * J
-
-
-def _soft_threshold(Q_hat: Array, M_hat: Array, constants: Constants) -> tuple[Array, ...]:
-    """δ, ε and κ0 of the truncated second moment."""
-    delta, epsilon = jnp.sqrt(Q_hat) / M_hat, 2 * constants.scaled_penalty / M_hat
-    return delta, epsilon, jnp.asarray(constants.teacher_rank, dtype=float)
+    """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
+    scale, law = constants.teacher_scale, constants.law
+    return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
 
 
 def weight_side(
@@ -124,7 +137,8 @@ def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Float
 @quickly_compiled()
 def _rank_at(unknowns: Array, constants: Constants) -> Array:
     Q_hat, M_hat, _ = jnp.exp(unknowns)
-    return learned_rank(*_soft_threshold(Q_hat, M_hat, constants))
+    scale, law = constants.teacher_scale, constants.law
+    return constants.regularizer.learned_rank(Q_hat, scale * M_hat, law)
 
 
 def rank_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> float:
@@ -254,7 +268,7 @@ def _rows(
         + constants.samples * new.train_error
         - weight_potential(Q_hat, M_hat, V_hat, constants)
     )
-    overlap = M / jnp.sqrt(jnp.maximum(Q * (1 + constants.teacher_rank), 1e-300))
+    overlap = M / jnp.sqrt(jnp.maximum(Q * constants.teacher_square, 1e-300))
     off = new.Q_hat - Q_hat
     rounding = jnp.where(jnp.abs(off) < new.rounding, off, 0.0)
     rows = [(off - jax.lax.stop_gradient(rounding)) / Q_hat]

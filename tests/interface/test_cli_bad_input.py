@@ -276,12 +276,7 @@ def test_bad_command_line_is_refused(command, folder, arguments, mentioned):
     assert list(folder.iterdir()) == []
 
 
-def test_rank_below_what_the_weights_learn_is_refused(command, words, few_nodes):
-    answer = command("predict", *with_flag(words, "pretraining.rank", "0.1"), *few_nodes)
-    assert_refused(answer, "pretraining.rank = 0.1", "at least")
-
-
 def test_the_unchanged_problem_is_accepted(problem, words):
     """The control of this file: what the cases change is what is refused."""
     assert Problem.from_dict(problem.to_dict()) == problem
-    assert len(words) == 2 * len(Problem.specs())
+    assert len(words) == 2 * len(problem.to_flat())

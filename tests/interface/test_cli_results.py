@@ -14,7 +14,8 @@ STAGE = {"status", "residual", "quadrature_error", "jump_mass"}
 JSON_NAMES = {
     "": {"problem", "status", "pretraining", "effective_noise", "finetuning", "branches"},
     "problem": {
-        "tokens", "activation", "teacher_rank", "label_noise", "pretraining", "finetuning",
+        "tokens", "activation", "teacher_rank", "label_noise", "inverse_temperature", "teacher",
+        "pretraining", "finetuning",
     },
     "pretraining": STAGE
     | {"Q", "M", "V", "Q_hat", "M_hat", "V_hat", "potential"}

@@ -13,6 +13,7 @@ PUBLIC = [
     "ProblemError",
     "Simulation",
     "Status",
+    "Teacher",
     "compare",
     "finetune",
     "load",

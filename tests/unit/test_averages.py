@@ -5,18 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_theory.laws import Wishart
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
 from lora_theory.theory.averages import Averages, BlockValues, Equations
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import gaussian_blocks
+from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.roots import solve
 
 BLOCKS, POINTS, TOKENS = 4, 32, 2
 #: Blocks are halved, one chunk each, in pairs, and all together.
 LAYOUTS = [(2 * BLOCKS, 1), (BLOCKS, 1), (BLOCKS // 2, 2), (1, BLOCKS)]
 TASK = lora.Task(samples=3.0, penalty=0.2, signal=1.3, label_variance=1.75)
-CONSTANTS = pre.Constants(samples=0.5, scaled_penalty=0.05, teacher_rank=0.5, label_variance=1.75)
+CONSTANTS = pre.Constants(
+    samples=0.5,
+    label_variance=1.75,
+    law=Wishart(0.5),
+    teacher_scale=1.0,
+    regularizer=WeightDecay(0.05),
+)
 
 
 class Remembering(Equations):

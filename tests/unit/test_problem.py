@@ -1,5 +1,6 @@
 """The question: one definition, validated once, the same from Python, dictionaries and TOML."""
 
+import functools
 import json
 import math
 import tomllib
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_theory import Estimate, Finetuning, Pretraining, Problem, ProblemError
+from lora_theory import Estimate, Finetuning, Pretraining, Problem, ProblemError, Teacher
 from lora_theory.observables import to_plain
 
 RIGHT = {
@@ -23,12 +24,19 @@ RIGHT = {
 
 positive = st.floats(1e-300, 1e300)
 problems = st.builds(
-    Problem,
+    functools.partial,
+    st.just(Problem),
     tokens=st.integers(2, 9),
     activation=st.sampled_from(["softmax", "linear"]),
-    teacher_rank=positive,
     label_noise=st.floats(0, 1e300),
-    pretraining=st.builds(Pretraining, samples=positive, penalty=positive, rank=positive),
+    inverse_temperature=positive,
+    pretraining=st.builds(
+        Pretraining,
+        samples=positive,
+        penalty=positive,
+        rank=positive,
+        regularizer=st.sampled_from(["weight_decay", "frobenius", "nuclear_norm"]),
+    ),
     finetuning=st.none()
     | st.builds(
         Finetuning,
@@ -36,8 +44,24 @@ problems = st.builds(
         penalty=positive,
         signal=positive,
         sequences=st.sampled_from(["fresh", "reused"]),
+        rescaling=positive,
     ),
 )
+spikes = st.none() | st.lists(positive, min_size=1, max_size=3).map(tuple)
+common = {"spikes": spikes, "inverse_temperature": positive}
+teachers = st.one_of(
+    st.fixed_dictionaries({"teacher_rank": positive, "teacher": st.builds(Teacher, **common)}),
+    st.builds(Teacher, law=st.just("power_law"), exponent=st.floats(1e-9, 0.49), **common).map(
+        lambda teacher: {"teacher": teacher}
+    ),
+    st.builds(
+        Teacher,
+        law=st.just("eigenvalues"),
+        eigenvalues=st.lists(st.floats(-9, -1), min_size=1).map(tuple),
+        **common,
+    ).map(lambda teacher: {"teacher": teacher}),
+)
+problems = st.builds(lambda teacher, rest: rest(**teacher), teachers, problems)
 
 BAD = [
     ("tokens", 1, "integer ≥ 2"),
@@ -49,6 +73,17 @@ BAD = [
     ("teacher_rank", 0, "> 0"),
     ("teacher_rank", "1", "> 0"),
     ("label_noise", -1e-9, "≥ 0"),
+    ("inverse_temperature", 0, "> 0"),
+    ("teacher.law", "uniform", '"wishart", "goe", "power_law" or "eigenvalues"'),
+    ("teacher.inverse_temperature", -1, "> 0"),
+    ("teacher.spikes", [], "other than 0"),
+    ("teacher.spikes", [1.0, 0.0], "other than 0"),
+    ("teacher.spikes", "12", "other than 0"),
+    ("teacher.eigenvalues", [0.0, 0], "not all 0"),
+    ("teacher.eigenvalues", [math.nan, 1.0], "not all 0"),
+    ("teacher.exponent", 0.5, "< 0.5"),
+    ("pretraining.regularizer", "l1", '"weight_decay", "frobenius" or "nuclear_norm"'),
+    ("finetuning.rescaling", 0, "> 0"),
     ("label_noise", math.nan, "≥ 0"),
     ("pretraining.samples", 0.0, "> 0"),
     ("pretraining.penalty", -1, "> 0"),
@@ -102,7 +137,20 @@ def test_an_unknown_key_is_refused(key):
         Problem.from_dict(RIGHT).replace({key: 1})
 
 
-@pytest.mark.parametrize("key", ["tokens", "label_noise"])
+def test_each_law_has_its_own_numbers():
+    right = Problem.from_dict(RIGHT)
+    power = {"teacher_rank": None, "teacher.law": "power_law", "teacher.exponent": 0.3}
+    assert right.replace(power).teacher.exponent == 0.3
+    given = {"teacher.law": "eigenvalues", "teacher.eigenvalues": [1, 0.5], "teacher_rank": None}
+    assert right.replace(given).teacher.eigenvalues == (1.0, 0.5)
+    for name in power:
+        with pytest.raises(ProblemError, match=r"is missing: |leave it out"):
+            right.replace({n: value for n, value in power.items() if n != name})
+    with pytest.raises(ProblemError, match=r"^teacher.exponent = 0.3 is not allowed with"):
+        right.replace({"teacher.exponent": 0.3})
+
+
+@pytest.mark.parametrize("key", ["tokens", "label_noise", "teacher_rank"])
 def test_a_missing_key_is_named(key):
     with pytest.raises(ProblemError, match=f"^{key} is missing"):
         Problem.from_dict({name: value for name, value in RIGHT.items() if name != key})
@@ -140,8 +188,11 @@ def test_replace_changes_only_what_is_named():
 
 
 def test_flat_names_are_those_of_the_specs():
-    names = [spec.name for spec in Problem.specs()]
-    assert list(Problem.from_dict(RIGHT).to_flat()) == names
+    """Those that are set, in their order."""
+    flat = Problem.from_dict(RIGHT).to_flat()
+    assert list(flat) == [spec.name for spec in Problem.specs() if spec.name in flat]
+    unset = {spec.name for spec in Problem.specs()} - set(flat)
+    assert unset == {"teacher.exponent", "teacher.eigenvalues", "teacher.spikes"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_theory import Finetuning
+from lora_theory import Finetuning, Pretraining, Problem
 from lora_theory.simulation.data import (
     Draw,
     draw_normal,
@@ -78,11 +78,19 @@ def test_task_vector_has_its_norm_exactly(signal):
 
 @pytest.mark.parametrize("sequences", ["reused", "fresh"])
 def test_reuse_means_the_same_sequences_with_the_same_noise(sequences):
-    finetuning = Finetuning(samples=2.5, penalty=0.1, sequences=sequences)
+    problem = Problem(
+        tokens=3,
+        activation="softmax",
+        teacher_rank=0.5,
+        label_noise=0.5,
+        pretraining=Pretraining(samples=30 / 64, penalty=0.1, rank=0.75),
+        finetuning=Finetuning(samples=2.5, penalty=0.1, sequences=sequences),
+    )
+    assert Sizes.of(problem, 8) == SIZES
     with jax.enable_x64(True):
         key = run_key(0, 0)
-        first = pretraining_data(key, SIZES, 0.5, np.float64)
-        second = finetuning_data(key, SIZES, finetuning, 0.5, first, first.start)
+        first = pretraining_data(key, problem, SIZES, np.float64)
+        second = finetuning_data(key, problem, SIZES, first, first.start)
         same = [
             np.array_equal(second.sequences, first.sequences[:20]),
             np.array_equal(second.teacher_fields, first.teacher_fields[:20]),

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_theory.laws import Wishart
 from lora_theory.theory.pretraining import Constants, weight_side
+from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.spectrum import learned_rank, stieltjes, truncated_second_moment
 
 TEACHER_RANKS = [0.2, 0.5, 1.0, 3.0, 5.0]
@@ -218,7 +220,7 @@ def test_weight_side_is_the_thresholded_noisy_teacher():
         rows.append([np.sum(S**2) / dim, np.sum(S * S0) / dim, slopes.mean() / V_hat])
     measured, error = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
     with jax.enable_x64(True):
-        constants = Constants(1.0, penalty, teacher_rank, 1.5)
+        constants = Constants(1.0, 1.5, Wishart(teacher_rank), 1.0, WeightDecay(penalty))
         predicted = np.array(_weight_side(*map(jnp.float64, (Q_hat, M_hat, V_hat)), constants))
     bound = 4 * error + 3 / dim
     assert np.all(np.abs(predicted - measured) < bound)

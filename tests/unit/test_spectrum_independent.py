@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from mpmath import mp, mpf
 
+from lora_theory.laws import Wishart
 from lora_theory.theory.pretraining import Constants, weight_side
+from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.spectrum import learned_rank, stieltjes, truncated_second_moment
 
 DIGITS = 50
@@ -332,7 +334,7 @@ def weight_side_error(hats: tuple[float, ...], wrong: tuple[float, ...] = (1, 1,
     M = M_hat / V_hat * at.J - mp.sqrt(Q_hat) / (2 * V_hat) * at.by_delta
     M -= penalty / V_hat * at.by_epsilon
     V = M_hat * at.by_delta / (2 * mp.sqrt(Q_hat) * V_hat)
-    constants = Constants(1.0, hats[3], hats[4], 1.5)
+    constants = Constants(1.0, 1.5, Wishart(hats[4]), 1.0, WeightDecay(hats[3]))
     with jax.enable_x64(True):
         values = _weight_side(*(jnp.float64(hat) for hat in hats[:3]), constants)
     pairs = zip(values, (Q, M, V), wrong, strict=True)
