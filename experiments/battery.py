@@ -201,7 +201,7 @@ def outcomes(table: pd.DataFrame) -> pd.Series:
     claimed = ~(statuses == "not_converged").any(axis=1) & table["constraints"].eq(True)
     tight = claimed & (residual < TOLERANCE).all(axis=1)
     result = pd.Series("not solved", index=table.index)
-    seen = (np.abs(jumps) > JUMPS).any(axis=1) | (statuses == "jumps").any(axis=1)
+    seen = (np.abs(jumps) > JUMPS).any(axis=1) | statuses.isin(("jumps", "unstable")).any(axis=1)
     result[seen & table["constraints"].eq(True)] = "jumps"
     result[tight] = "solved"
     result[claimed & ~(z <= LARGEST_Z).all(axis=1)] = "false success"

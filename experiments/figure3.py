@@ -273,6 +273,7 @@ def _name_optima(panel: Any, part: pd.DataFrame) -> None:
 def caption(table: pd.DataFrame) -> str:
     simulated = table[table["source"] == "simulation"]
     shown = table[(table["source"] == "theory") & table["observable"].isin(OBJECTIVES)]
+    jumping = shown["status"].isin(("jumps", "unstable"))
     parts = [panel_rows(table, *panel) for panel in PANELS]
     optima_text = "; ".join(_optima_text(part) for part in parts)
     differences = [p for p in parts if p["observable"].eq("overlap_difference").any()]
@@ -293,7 +294,7 @@ def caption(table: pd.DataFrame) -> str:
         f"Theory: {optima_text}. "
         "Simulated differences, paired by seed (in brackets theory; z of the simulated mean, "
         f"against 0): {contrast_text}. "
-        f"Theory points flagged as having jumps: {(shown['status'] == 'jumps').sum() // 2}, as "
+        f"Theory points flagged as having jumps: {jumping.sum() // 2}, as "
         f"not converged (left out): {(shown['status'] == 'not_converged').sum() // 2} of "
         f"{len(shown) // 2}. For softmax and fresh sequences an uninformed branch coexists; the "
         "table also holds the lowest of two random starts.\n"

@@ -12,11 +12,14 @@ from pathlib import Path
 import figure1
 import figure3
 import matplotlib as mpl
+import phases
 import published
+import spectra
 from figure_tools import FULL, QUICK
 
 EXPERIMENTS = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (figure1, figure3, published)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (figure1, figure3, spectra, phases, published)
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 

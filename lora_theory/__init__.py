@@ -3,16 +3,20 @@
 from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError, Teacher
-from lora_theory.simulation import Simulation, simulate
+from lora_theory.simulation import Simulation, sample_pretrained, simulate
 from lora_theory.status import Status
 from lora_theory.sweeps import load, sweep
 from lora_theory.theory import (
     EffectiveNoise,
+    LearnedSpectrum,
     Prediction,
+    Thresholds,
     finetune,
     measure_noise,
     predict,
     predict_many,
+    spectrum,
+    thresholds,
 )
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "EffectiveNoise",
     "Estimate",
     "Finetuning",
+    "LearnedSpectrum",
     "Prediction",
     "Pretraining",
     "Problem",
@@ -27,12 +32,16 @@ __all__ = [
     "Simulation",
     "Status",
     "Teacher",
+    "Thresholds",
     "compare",
     "finetune",
     "load",
     "measure_noise",
     "predict",
     "predict_many",
+    "sample_pretrained",
     "simulate",
+    "spectrum",
     "sweep",
+    "thresholds",
 ]

@@ -15,6 +15,7 @@ class Status(StrEnum):
 
     CONVERGED = "converged"
     JUMPS = "jumps"
+    UNSTABLE = "unstable"
     COLLAPSED = "collapsed"
     TIE = "tie"
     NOT_CONVERGED = "not_converged"
@@ -37,6 +38,11 @@ _REMEDIES = {
         "equations are discontinuous, their residual may end above the tolerance (but below the "
         "quadrature error), and replica symmetry may fail. More samples or more penalty remove "
         "the jumps, more nodes lower the error."
+    ),
+    Status.UNSTABLE: (
+        "The replica-symmetric solution is unstable (replicon at least 1, or jumps of a proximal "
+        "operator that matter, see stability): its numbers are an approximation; more samples or "
+        "more penalty make it stable."
     ),
     Status.COLLAPSED: (
         "The penalty keeps the trained parameter at zero, where overlap and gain have no meaning; "

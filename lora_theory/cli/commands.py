@@ -28,6 +28,24 @@ def _predict(request: Given) -> int:
     return _deliver(request, prediction, prediction_table, prediction.status.is_solved)
 
 
+def _spectrum(request: Given) -> int:
+    from lora_theory.cli.tables import spectrum_table
+    from lora_theory.theory import spectrum
+
+    with announced("solving the equations"):
+        learned = spectrum(_asked(request), **request.settings)
+    return _deliver(request, learned, spectrum_table, learned.status.is_solved)
+
+
+def _thresholds(request: Given) -> int:
+    from lora_theory.cli.tables import thresholds_table
+    from lora_theory.theory import thresholds
+
+    with announced("following the branches"):
+        found = thresholds(_asked(request), **request.settings)
+    return _deliver(request, found, thresholds_table, True)
+
+
 def _simulate(request: Given) -> int:
     from lora_theory.cli.tables import simulation_table
     from lora_theory.simulation import simulate
@@ -142,6 +160,26 @@ _NODES = Setting(
     "integer",
     "N",
 )
+_THEORY = (
+    _NODES,
+    Setting(
+        "blocks",
+        "independent scramblings, whose spread is the quadrature error",
+        "an integer ≥ 2",
+        "integer",
+        "N",
+        8,
+    ),
+    _SEED._replace(meaning="seed of the scramblings"),
+    Setting(
+        "tolerance",
+        "largest relative residual that counts as converged",
+        "between 0 and 1",
+        "number",
+        "X",
+        1e-10,
+    ),
+)
 
 
 def _simulation_settings(fewest_seeds: int, starts: int) -> tuple[Setting, ...]:
@@ -177,27 +215,30 @@ COMMANDS = {
         Command(
             "predict",
             "Solve the equations: test errors and alignments, with their quadrature errors.",
-            (
-                _NODES,
-                Setting(
-                    "blocks",
-                    "independent scramblings, whose spread is the quadrature error",
-                    "an integer ≥ 2",
-                    "integer",
-                    "N",
-                    8,
-                ),
-                _SEED._replace(meaning="seed of the scramblings"),
-                Setting(
-                    "tolerance",
-                    "largest relative residual that counts as converged",
-                    "between 0 and 1",
-                    "number",
-                    "X",
-                    1e-10,
-                ),
-            ),
+            _THEORY,
             _predict,
+        ),
+        Command(
+            "spectrum",
+            "The eigenvalues of the pre-trained matrix: bands, mass at zero, outliers.",
+            (
+                Setting("points", "of each band", "an integer ≥ 8", "integer", "N", 400),
+                Setting(
+                    "dim",
+                    "embedding dimension D at which the LoRA vector is merged",
+                    "an integer ≥ 1",
+                    "integer",
+                    "D",
+                ),
+                *_THEORY,
+            ),
+            _spectrum,
+        ),
+        Command(
+            "thresholds",
+            "Find where training data are fitted exactly, and where the branches of LoRA change.",
+            _THEORY[:3],
+            _thresholds,
         ),
         Command(
             "simulate",
@@ -214,6 +255,12 @@ COMMANDS = {
                 *_simulation_settings(1, starts=3),
                 Setting(
                     "batch", "runs trained together, for a GPU", "an integer ≥ 1", "integer", "N", 1
+                ),
+                Setting(
+                    "pretrained",
+                    "frozen weights: trained, or drawn from their asymptotic law",
+                    metavar="{trained,sampled}",
+                    default="trained",
                 ),
                 Setting(
                     "save",

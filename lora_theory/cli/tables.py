@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lora_theory.simulation import Simulation
     from lora_theory.sweeps import Plan, Summary
     from lora_theory.sweeps.tasks import Task
-    from lora_theory.theory import Prediction
+    from lora_theory.theory import LearnedSpectrum, Prediction, Thresholds
 
 __all__ = [
     "aligned", "comparison_table", "plan_table", "prediction_table", "simulation_table",
-    "sweep_table",
+    "spectrum_table", "sweep_table", "thresholds_table",
 ]  # fmt: skip
 
 #: A relative error this small is floating-point noise in an exact number.
@@ -55,6 +55,42 @@ def prediction_table(prediction: Prediction) -> str:
             values = (_predicted(branch, name) for name in _BRANCH_COLUMNS)
             rows.append((branch.branch, branch.status.value, *values))
         lines += aligned(rows, indent=2)
+    return "\n".join(lines)
+
+
+def thresholds_table(found: Thresholds) -> str:
+    """Each threshold with its error and what it is a value of."""
+    fields = {"interpolation": "pretraining.samples", "ridgeless_Q": "Q", "ridgeless_M": "M"}
+    rows: list[Sequence[str]] = [("threshold", "of", "value")]
+    for name, error in found.errors.items():
+        value = getattr(found, name)
+        shown = "none" if value is None else _with_error(value, error)
+        rows.append((name, fields.get(name, "finetuning.samples"), shown))
+    return "\n".join([*_wrapped("problem", _fields(found.problem)), "", *aligned(rows)])
+
+
+def spectrum_table(learned: LearnedSpectrum) -> str:
+    """Bands, mass at zero and outliers of the learned spectrum, with quadrature errors."""
+    lines = _head(learned.problem, learned.status, errors="± quadrature error")
+    names = ("mass_at_zero", "rank", "effective_rank", "mean", "second_moment")
+    lines += ["", "eigenvalues (shares and means over D)"]
+    lines += aligned([(name, _predicted(learned, name)) for name in names], indent=2)
+    error = learned.quadrature_error
+    rows: list[Sequence[str]] = [("band", "from", "to")]
+    for number, ends in enumerate(learned.bands, 1):
+        rows.append((str(number), *(_with_error(end, error["bands"]) for end in ends)))
+    lines += ["", "bands", *aligned(rows, indent=2)]
+    rows = [("spike", "eigenvalue", "squared_overlap")]
+    for outlier in learned.outliers:
+        where = _with_error(outlier.eigenvalue, error["outliers"])
+        rows.append((_plain(outlier.spike), where, _plain(outlier.squared_overlap)))
+    below, above = ("none" if s is None else _plain(s) for s in learned.visible_spikes)
+    lines += ["", f"outliers (spikes seen below: {below}, above: {above})"]
+    lines += aligned(rows, indent=2) if learned.outliers else []
+    if learned.merged is not None:
+        values = dataclasses.asdict(learned.merged).items()
+        shown = [(name, "none" if value is None else _plain(value)) for name, value in values]
+        lines += ["", "merged LoRA", *aligned(shown, indent=2)]
     return "\n".join(lines)
 
 
@@ -156,9 +192,12 @@ def aligned(rows: Iterable[Sequence[str]], indent: int = 0) -> list[str]:
 
 
 def _head(problem: Problem, status: Status, **more: str) -> list[str]:
-    fields = ", ".join(f"{name}={_plain(value)}" for name, value in problem.to_flat().items())
-    rows = {"status": f"{status.value}: {status.remedy}", "problem": fields, **more}
+    rows = {"status": f"{status.value}: {status.remedy}", "problem": _fields(problem), **more}
     return [line for name, text in rows.items() for line in _wrapped(name, text)]
+
+
+def _fields(problem: Problem) -> str:
+    return ", ".join(f"{name}={_plain(value)}" for name, value in problem.to_flat().items())
 
 
 def _wrapped(name: str, text: str) -> list[str]:

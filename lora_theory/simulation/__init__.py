@@ -8,6 +8,7 @@ from lora_theory.simulation.results import (
     PretrainingRuns,
     Simulation,
 )
+from lora_theory.simulation.sampled import sample_pretrained
 
 __all__ = [
     "EffectiveNoiseRuns",
@@ -16,5 +17,6 @@ __all__ = [
     "Simulation",
     "loss_on_attention",
     "loss_on_outputs",
+    "sample_pretrained",
     "simulate",
 ]

@@ -20,6 +20,8 @@ from lora_theory.simulation.storage import checked_path, save_weights
 __all__ = ["checked_effort", "simulate"]
 
 DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
+#: Where the frozen weights come from.
+PRETRAINED = ("trained", "sampled")
 #: Relative gradient norms.  Measured shifts of Q, M, q, m against a far lower tolerance: 1e-6
 #: (float64), 1e-4 for Q and M and at most 1e-3 for q and m at weak λ' (float32), where the
 #: gradient is rounding noise below 3e-4.  Seeds scatter by percents.
@@ -35,6 +37,7 @@ def simulate(
     first: int = 0,
     starts: int = 3,
     batch: int = 1,
+    pretrained: str = "trained",
     dtype: str = "float64",
     device: str | None = None,
     save: str | os.PathLike[str] | None = None,
@@ -66,6 +69,9 @@ def simulate(
         batch: runs that are trained together.  Batches give the same minima within the gradient
             tolerance, not the same bits.  They are meant for a GPU that one run does not fill; on
             the CPU they take 3 to 6 times as long as the same runs one by one.
+        pretrained: "trained", or "sampled": Ŝ is then drawn from its asymptotic law given S0
+            (:func:`lora_theory.sample_pretrained`), which makes D of many hundreds cheap; its
+            train_error and objective are NaN.  For fresh fine-tuning sequences only.
         dtype: "float32" or "float64".  The random numbers are drawn in float32 in both cases, so
             both see the same data.
         device: "cpu", "gpu" or None (JAX's default).
@@ -99,13 +105,14 @@ def simulate(
     """
     if not isinstance(problem, Problem):
         raise ProblemError(f"problem = {problem!r} must be a Problem")
-    sizes = Sizes.of(problem, dim)
+    sizes = Sizes.of(problem, dim, trained=pretrained != "sampled")
     seeds = checked_integer("seeds", seeds, 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
     first = checked_integer("first", first, 0)
     effort = checked_effort(
-        starts, batch, dtype, test_sequences, gradient_tolerance, max_iterations
+        starts, batch, pretrained, dtype, test_sequences, gradient_tolerance, max_iterations
     )
+    _check_sampled(problem, effort)
     path = None if save is None else checked_path(save)
     target = _device(device)
 
@@ -129,6 +136,7 @@ def simulate(
         "device": target.device_kind,
         "platform": target.platform,
         "batch": effort.batch,
+        "pretrained": effort.pretrained,
         "starts": effort.starts,
         "test_sequences": effort.test_sequences,
         "gradient_tolerance": effort.gradient_tolerance,
@@ -142,6 +150,7 @@ def simulate(
 def checked_effort(
     starts: int,
     batch: int,
+    pretrained: str,
     dtype: str,
     test_sequences: int,
     gradient_tolerance: float | None,
@@ -150,6 +159,10 @@ def checked_effort(
     """The arguments of :func:`simulate` that say how much is computed, once they are allowed."""
     if dtype not in DTYPES:
         raise ProblemError(f'dtype = {dtype!r} is not allowed: it must be "float32" or "float64"')
+    if pretrained not in PRETRAINED:
+        raise ProblemError(
+            f'pretrained = {pretrained!r} is not allowed: it must be "trained" or "sampled"'
+        )
     return Effort(
         DTYPES[dtype],
         checked_integer("starts", starts, 0),
@@ -157,7 +170,17 @@ def checked_effort(
         checked_integer("test_sequences", test_sequences, 2),
         _tolerance(gradient_tolerance, dtype),
         checked_integer("max_iterations", max_iterations, 1),
+        pretrained,
     )
+
+
+def _check_sampled(problem: Problem, effort: Effort) -> None:
+    stage = problem.finetuning
+    if effort.pretrained == "sampled" and stage is not None and stage.sequences == "reused":
+        raise ProblemError(
+            'finetuning.sequences = "reused" is not allowed with pretrained = "sampled", which '
+            'trains on no sequences: it must be "fresh"'
+        )
 
 
 def _tolerance(value: Any, dtype: str) -> float:

@@ -37,6 +37,7 @@ class Draw(enum.IntEnum):
     FINETUNING_STARTS = 4
     FINETUNING_SEQUENCES = 5
     TEST_SEQUENCES = 6
+    PRETRAINED_NOISE = 7
 
     def key(self, run: Key[Array, ""]) -> Key[Array, ""]:
         """The key of this purpose in a run."""

@@ -30,6 +30,7 @@ from lora_theory.simulation.minimise import (
 )
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
 from lora_theory.simulation.results import Numbers, SeedRecord
+from lora_theory.simulation.sampled import sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes
 
 __all__ = ["Effort", "run_seeds"]
@@ -44,22 +45,36 @@ class Effort(NamedTuple):
     test_sequences: int
     gradient_tolerance: float
     max_iterations: int
+    pretrained: str = "trained"  # or "sampled", from the theory
 
 
 def run_seeds(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
     """The numbers of some runs, trained together, and the teachers and trained weights of each."""
-    data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
-    tasks = [pretraining_task(run, problem) for run in data]
-    form = problem.pretraining.regularizer
-    pretrained = _descend(tasks, [run.start for run in data], problem, effort, form)
-    weights = [student(minimum.weights, form) for minimum in pretrained]
+    data, pretrained, weights = _pretrained(problem, sizes, effort, keys)
     finetuned = _finetuned(problem, sizes, effort, keys, data, weights)
     return [
         _measured(problem, sizes, effort, *run)
         for run in zip(keys, data, pretrained, weights, *finetuned, strict=True)
     ]
+
+
+def _pretrained(
+    problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
+) -> tuple[list[PretrainingData], list[Minimum], list[Weights]]:
+    """The first stage of each run: its data, how it ended, and the weights that it froze."""
+    if effort.pretrained == "sampled":
+        data = [teacher_alone(key, problem, sizes, effort.dtype) for key in keys]
+        sampled = [
+            sampled_minimum(key, problem, sizes, run) for key, run in zip(keys, data, strict=True)
+        ]
+        return data, [minimum for minimum, _ in sampled], [weights for _, weights in sampled]
+    data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
+    tasks = [pretraining_task(run, problem) for run in data]
+    form = problem.pretraining.regularizer
+    pretrained = _descend(tasks, [run.start for run in data], problem, effort, form)
+    return data, pretrained, [student(minimum.weights, form) for minimum in pretrained]
 
 
 def _measured(

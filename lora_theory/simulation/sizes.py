@@ -27,8 +27,10 @@ class Sizes(NamedTuple):
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
 
     @classmethod
-    def of(cls, problem: Problem, dim: int) -> Sizes:
+    def of(cls, problem: Problem, dim: int, *, trained: bool = True) -> Sizes:
         """The sizes of ``problem`` at embedding dimension ``dim``.
+
+        Pre-training sequences that are not ``trained`` on take no memory.
 
         Raises:
             ProblemError: ``dim`` is too small, or fewer pre-training sequences exist than the
@@ -59,8 +61,8 @@ class Sizes(NamedTuple):
                 _rounded("finetuning.samples", finetuning.samples, dim, dim) if finetuning else 0
             ),
         )
-        sequences = max(sizes.pretraining_sequences, sizes.finetuning_sequences)
-        memory = 48 * sequences * sizes.tokens * dim
+        first = sizes.pretraining_sequences if trained else dim
+        memory = 48 * max(first, sizes.finetuning_sequences) * sizes.tokens * dim
         if memory > LARGEST_MEMORY:
             raise ProblemError(
                 f"dim = {dim} is too large for this problem: training would need about "

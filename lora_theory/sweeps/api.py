@@ -199,7 +199,9 @@ def kept_simulations(
     labels = {"source", "status", *problem.to_flat()}
     found = []
     for dim in dims:
-        rows = table[table["dim"] == dim].dropna(axis=1, how="all").drop(columns=list(labels))
+        rows = table[table["dim"] == dim].drop(columns=list(labels))
+        empty = [name for name in rows if rows[name].isna().all() and "." not in name]
+        rows = rows.drop(columns=empty)  # what was not measured, "pretraining.…", stays NaN
         names = {"seed": "seed_index", "root_seed": "seed"}
         found.append(from_runs(problem, rows.rename(columns=names).to_dict("records")))
     return tuple(found)

@@ -35,7 +35,7 @@ def expected_seconds(task: Task) -> float:
     sizes = _sizes(task)
     if sizes is None:
         return 0.0
-    rows = sizes.pretraining_sequences * sizes.tokens
+    rows = 0 if _sampled(task) else sizes.pretraining_sequences * sizes.tokens
     step = 4.0 * rows * sizes.dim * sizes.student_rank
     fast = 2 if settings.get("dtype") == "float32" else 1
     return float(settings["seeds"] * (step * _ITERATIONS / _FLOPS / fast + 0.2))
@@ -46,7 +46,8 @@ def expected_memory(task: Task) -> float:
     sizes = _sizes(task) if task.source == "simulation" else None
     if sizes is None:
         return _BASE_MEMORY
-    sequences = max(sizes.pretraining_sequences, sizes.finetuning_sequences)
+    first = sizes.dim if _sampled(task) else sizes.pretraining_sequences
+    sequences = max(first, sizes.finetuning_sequences)
     width = 0.5 if task.settings.get("dtype") == "float32" else 1.0
     runs = int(min(task.settings.get("batch", 1), task.settings["seeds"]))
     return _BASE_MEMORY + runs * width * _BYTES * sequences * sizes.tokens * sizes.dim
@@ -61,9 +62,13 @@ def calibration(log: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {source: statistics.median(found) for source, found in ratios.items()}
 
 
+def _sampled(task: Task) -> bool:
+    return bool(task.settings.get("pretrained") == "sampled")
+
+
 def _sizes(task: Task) -> Sizes | None:
     """None where the system cannot be simulated: such a task fails at once."""
     try:
-        return Sizes.of(task.problem, task.settings["dim"])
+        return Sizes.of(task.problem, task.settings["dim"], trained=not _sampled(task))
     except ProblemError:
         return None

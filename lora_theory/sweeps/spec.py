@@ -28,7 +28,8 @@ _KEYS = (
 )  # fmt: skip
 _THEORY = ("nodes", "blocks", "seed", "tolerance")
 _EFFORT = (
-    "starts", "batch", "dtype", "test_sequences", "gradient_tolerance", "max_iterations",
+    "starts", "batch", "pretrained", "dtype", "test_sequences", "gradient_tolerance",
+    "max_iterations",
 )  # fmt: skip
 _MOST_POINTS, _SEEDS_PER_TASK = 1_000_000, 4
 _SCALES = ("linear", "log")

@@ -1,6 +1,8 @@
 """The asymptotic theory: :func:`predict` both stages, :func:`finetune` the second alone."""
 
 from lora_theory.theory.frozen import measure_noise
+from lora_theory.theory.learned import LearnedSpectrum, Outlier, spectrum
+from lora_theory.theory.merged import MergedOutlier
 from lora_theory.theory.predict import finetune, predict, predict_many
 from lora_theory.theory.results import (
     EffectiveNoise,
@@ -8,14 +10,21 @@ from lora_theory.theory.results import (
     Prediction,
     PretrainingPrediction,
 )
+from lora_theory.theory.thresholds import Thresholds, thresholds
 
 __all__ = [
     "EffectiveNoise",
     "FinetuningPrediction",
+    "LearnedSpectrum",
+    "MergedOutlier",
+    "Outlier",
     "Prediction",
     "PretrainingPrediction",
+    "Thresholds",
     "finetune",
     "measure_noise",
     "predict",
     "predict_many",
+    "spectrum",
+    "thresholds",
 ]

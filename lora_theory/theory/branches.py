@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.errors import Errors, OrderParameters, effective_noise
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
-from lora_theory.theory.results import FinetuningPrediction
+from lora_theory.theory.results import FinetuningPrediction, Stability
 from lora_theory.theory.roots import (
     ROUGH,
     Root,
@@ -28,6 +28,7 @@ from lora_theory.theory.roots import (
     standard_error,
     with_jumps,
 )
+from lora_theory.theory.stability import finetuning_stability
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
 
@@ -41,6 +42,8 @@ _MERGED_OVERLAP = 0.05
 _CLEARLY = 6
 # residual above which an informed root that no search has found counts as absent
 _ABSENT = 0.02
+#: What is held on a branch.
+_HELD = {"informed": lora.INFORMED, "uninformed": lora.UNINFORMED, "zero": lora.ZERO}
 # w/√(q0 D) of this size has vanished
 _VANISHED = 1e-3
 
@@ -83,8 +86,11 @@ def solve_branches(
     tokens: int,
     activation: str,
     discretisation: Discretisation,
-) -> tuple[FinetuningPrediction, ...]:
-    """All branches found, the one of least potential first (docs/theory.md, section 3.3)."""
+) -> tuple[tuple[FinetuningPrediction, ...], Stability]:
+    """All branches found, the one of least potential first (docs/theory.md, section 3.3).
+
+    Also the stability of the first.
+    """
     nodes = FinetuningNodes(stage, weights, tokens, activation, discretisation)
     scale, tolerance = 0.5 * math.log(stage.signal), discretisation.tolerance
     vanished = scale + math.log(_VANISHED)
@@ -141,6 +147,18 @@ def solve_branches(
         start = np.array([scale, 0.0, 0.0]) if last is None else last.unknowns
         return refine(averages, start, tolerance=tolerance)
 
+    def growths(found: dict[str, Root]) -> dict[str, float]:
+        """Of a small m, on few nodes, at the roots without one."""
+        growth = {}
+        for name, root in found.items():
+            if name != "informed":
+                averages = nodes.averages(_HELD[name], few=True)
+                rows = averages.of(
+                    root.unknowns, functools.partial(nodes.signal_growth, root.unknowns, averages)
+                )
+                growth[name] = float(rows.mean())
+        return growth
+
     found: dict[str, Root] = {}
     informed = branch(lora.INFORMED, scale + math.log(0.1))
     learned = abs(informed.unknowns[1]) > _VANISHED or informed.unknowns[0] > vanished
@@ -166,7 +184,10 @@ def solve_branches(
     if informed.residual > _ABSENT and others[0].is_good(tolerance):
         found.pop("informed", None)
     test = _TestErrors(weights, stage.signal, tokens, activation, discretisation)
-    return _by_potential(found, test, tolerance)
+    ordered = _by_potential(found, test, tolerance, growths(found))
+    best = found[ordered[0].branch]
+    averages = nodes.averages(_HELD[ordered[0].branch])
+    return ordered, finetuning_stability(averages, best, nodes.task)
 
 
 class FinetuningNodes:
@@ -205,6 +226,15 @@ class FinetuningNodes:
             )  # fmt: skip
 
         self._fields = in_parallel(fields, zip(chunks, parts, strict=True))
+
+    @staticmethod
+    def signal_growth(
+        unknowns: Float[np.ndarray, " 3"], averages: Averages, chunk: Any, minima: Any
+    ) -> Any:
+        """That of a small m, for :meth:`Averages.of`."""
+        equations = averages.equations
+        assert isinstance(equations, lora.LinearFinetuning | lora.SoftmaxFinetuning)
+        return equations.signal_growth(unknowns, chunk, minima)
 
     def under(self, stage: Finetuning) -> FinetuningNodes:
         """The same nodes for another number of samples or penalty."""
@@ -282,7 +312,9 @@ def _jump_mass(root: Root) -> tuple[float, float]:
     return float(root.observables[jumps] / size), float(root.quadrature_error[jumps] / abs(size))
 
 
-def _prediction(name: str, root: Root, test: _TestErrors, tolerance: float) -> FinetuningPrediction:
+def _prediction(
+    name: str, root: Root, test: _TestErrors, tolerance: float, growth: float
+) -> FinetuningPrediction:
     values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     jumps = values["jump_mass"], errors["jump_mass"] = _jump_mass(root)
@@ -301,18 +333,26 @@ def _prediction(name: str, root: Root, test: _TestErrors, tolerance: float) -> F
     if values["m"] < 0:  # the mirror image w → −w
         values |= {"m": -values["m"], "m_hat": -values["m_hat"]}
     return FinetuningPrediction(
-        status=status, residual=root.residual, quadrature_error=errors, branch=name, **values
+        status=status,
+        residual=root.residual,
+        quadrature_error=errors,
+        branch=name,
+        signal_growth=growth,
+        **values,
     )
 
 
 def _by_potential(
-    found: dict[str, Root], test: _TestErrors, tolerance: float
+    found: dict[str, Root], test: _TestErrors, tolerance: float, growths: dict[str, float]
 ) -> tuple[FinetuningPrediction, ...]:
     """Branches by potential; a difference below its own quadrature error is a tie.
 
     An unsolved branch has no potential to compare: an informed one is put first, to be seen.
     """
-    predictions = {name: _prediction(name, root, test, tolerance) for name, root in found.items()}
+    predictions = {
+        name: _prediction(name, root, test, tolerance, growths.get(name, math.nan))
+        for name, root in found.items()
+    }
 
     def order(prediction: FinetuningPrediction) -> tuple[int, float]:
         unsolved = 0 if prediction.branch == "informed" else 2

@@ -26,6 +26,10 @@ _CORRECTIONS, _EASY = 8, 4
 _DIFFERENCE = 0.02
 #: Part of its own quadrature error below which a residual is what single nodes on a jump leave.
 _JUMPS = 0.2
+#: A turn of the field by less, in its logarithm, may be noise.
+_TURNED = 0.01
+#: Distance to the first leg, over that to the turn, below which a curve has only turned round.
+_TURNED_ROUND = 0.7
 #: A correction further away than this part of the step has met another branch.
 _ASTRAY = 0.5
 
@@ -36,8 +40,8 @@ class Point(NamedTuple):
     field: float
     unknowns: Float[np.ndarray, " n"]
     residual: float
-    observables: Float[np.ndarray, " K"]
-    direction: float  # dp per unit of arclength: it changes sign at a fold
+    observables: Float[np.ndarray, "R K"]  # by block of nodes
+    direction: float  # dp per unit of arclength: its sign changes at a fold
 
 
 class Curve(NamedTuple):
@@ -47,20 +51,37 @@ class Curve(NamedTuple):
     end: str  # "range", "steps", "stalled" or "left"
 
     def folds(self) -> list[float]:
-        """Values of the field where the curve turns back, by a parabola through three points."""
-        found = []
-        for i in range(1, len(self.points)):
-            before, after = self.points[i - 1], self.points[i]
-            if before.direction * after.direction < 0:
-                share = before.direction / (before.direction - after.direction)
-                length = math.dist(
-                    (*before.unknowns, math.log(before.field)),
-                    (*after.unknowns, math.log(after.field)),
-                )
-                # p(t) = p0 + d0 t + (d1 − d0)t²/2ℓ, at its extremum t = share ℓ
-                top = math.log(before.field) + 0.5 * before.direction * share * length
-                found.append(math.exp(top))
+        """Values of the field where the curve turns back, for good: by 1 % at least."""
+        logs = np.log([point.field for point in self.points])
+        found: list[float] = []
+        since, sign = 0, math.copysign(1.0, self.points[0].direction)
+        for place in range(1, len(logs)):
+            extreme = since + int(np.argmax(sign * logs[since : place + 1]))
+            if sign * (logs[extreme] - logs[place]) > _TURNED:
+                if _is_old(self.points, extreme, place):
+                    return found
+                found.append(_extremum(self.points, extreme))
+                since, sign = extreme, -sign
         return found
+
+
+def _is_old(points: tuple[Point, ...], extreme: int, place: int) -> bool:
+    """Whether the curve has only turned round: it is where it was before the extremum."""
+    here = points[place]
+    before = [point.unknowns for point in points[:extreme]]
+    nearest = min((float(np.linalg.norm(x - here.unknowns)) for x in before), default=np.inf)
+    return nearest < _TURNED_ROUND * float(np.linalg.norm(points[extreme].unknowns - here.unknowns))
+
+
+def _extremum(points: tuple[Point, ...], place: int) -> float:
+    """Of the field, by a parabola in the arclength through a point and its neighbours."""
+    near = points[max(place - 1, 0) : place + 2]
+    places = np.array([[*point.unknowns, math.log(point.field)] for point in near])
+    if len(near) < 3:
+        return points[place].field
+    lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(places, axis=0), axis=1))])
+    curve = np.polyfit(lengths, places[:, -1], 2)
+    return math.exp(np.polyval(curve, -curve[1] / (2 * curve[0])))
 
 
 #: The equations at a value of the field; the remembered minima of the second argument are reused.
@@ -110,8 +131,8 @@ def follow(
 
 
 def _point(x: Float[np.ndarray, " n+1"], values: BlockValues, tangent: np.ndarray) -> Point:
-    seen = values.observables.mean(axis=0)
-    return Point(math.exp(x[-1]), x[:-1].copy(), values.size, seen, float(tangent[-1]))
+    seen = values.size, values.observables, float(tangent[-1])
+    return Point(math.exp(x[-1]), x[:-1].copy(), *seen)
 
 
 def _slopes(

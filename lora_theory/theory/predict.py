@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +25,14 @@ from lora_theory.theory.results import (
     FinetuningPrediction,
     Prediction,
     PretrainingPrediction,
+    Stability,
 )
 from lora_theory.theory.roots import Root, first_good, solve, standard_error, with_jumps
+from lora_theory.theory.stability import pretraining_stability
 from lora_theory.theory.units import Units
 
 __all__ = [
+    "check_tokens",
     "finetune",
     "frozen_weights",
     "predict",
@@ -37,7 +42,10 @@ __all__ = [
 ]
 
 _COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
-_SEVERITY = [Status.CONVERGED, Status.JUMPS, Status.TIE, Status.COLLAPSED, Status.NOT_CONVERGED]
+_SEVERITY = [
+    Status.CONVERGED, Status.JUMPS, Status.TIE, Status.UNSTABLE, Status.COLLAPSED,
+    Status.NOT_CONVERGED,
+]  # fmt: skip
 
 
 def predict(
@@ -78,24 +86,29 @@ def predict(
         True
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
-    _check_tokens(problem.tokens)
+    check_tokens(problem.tokens)
     with jax.enable_x64(True):
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
         pretraining = _pretraining_prediction(problem, root, weights, discretisation)
         noise = _effective_noise(problem, weights)
+        first = _pretraining_stability(problem.replace(finetuning=None), discretisation)
+        pretraining = _flagged(pretraining, first)
         branches: tuple[FinetuningPrediction, ...] = ()
+        second: Stability | None = None
         if problem.finetuning is not None:
             stage = units.stage(problem.finetuning)
-            found = solve_branches(
+            found, second = solve_branches(
                 stage, weights, problem.tokens, problem.activation, discretisation
             )
+            found = (_flagged(found[0], second), *found[1:])
             branches = tuple(units.finetuning(branch) for branch in found)
     chosen = branches[0] if branches else None
     status = _worst([pretraining.status] + ([chosen.status] if chosen else []))
     return Prediction(
         problem=problem,
         status=status,
+        stability={"pretraining": first, "finetuning": second},
         pretraining=units.pretraining(pretraining),
         effective_noise=units.effective_noise(noise),
         finetuning=chosen,
@@ -166,7 +179,7 @@ def finetune(
         tokens=tokens, activation=activation, teacher_rank=1.0, label_noise=0.0,
         pretraining=stand_in, finetuning=finetuning,
     )  # fmt: skip
-    _check_tokens(tokens)
+    check_tokens(tokens)
     if finetuning.sequences != "fresh":
         raise ProblemError(
             f'finetuning.sequences = "{finetuning.sequences}" is not allowed without the '
@@ -181,11 +194,14 @@ def finetune(
     Q, M, V = (np.full(blocks, value) for value in (noise.Q, noise.M, 0.0))
     weights = FrozenWeights(Q, M, V, noise.label_variance)
     with jax.enable_x64(True):
-        return solve_branches(finetuning, weights, tokens, activation, discretisation)
+        found, stability = solve_branches(finetuning, weights, tokens, activation, discretisation)
+    return (_flagged(found[0], stability), *found[1:])
 
 
-def _check_tokens(tokens: int) -> None:
-    """The equations are written out over tokens, which is compiled in reasonable time up to 8."""
+def check_tokens(tokens: int) -> None:
+    """Refuse what cannot be compiled.
+
+    The equations are written out over tokens, which is compiled in reasonable time up to 8."""
     if tokens > _MOST_TOKENS:
         raise ProblemError(
             f"tokens = {tokens} is not allowed in the theory: it must be at most {_MOST_TOKENS}"
@@ -232,6 +248,25 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
     root = first_good(roots(), discretisation.tolerance)
     jumps = root.status(*_jump_mass(root), discretisation.tolerance) is Status.JUMPS
     return with_jumps(averages, root) if jumps else root
+
+
+@functools.lru_cache(maxsize=256)
+def _pretraining_stability(problem: Problem, discretisation: Discretisation) -> Stability:
+    """That of the root of stage one; ``problem`` without fine-tuning."""
+    root, constants = solve_pretraining(problem, discretisation), pre.Constants.of(problem)
+    if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
+        return Stability(0.0, 0.0, 0.0, 0.0)  # nothing is learnt, and nothing answers
+    averages, _ = pretraining_averages(problem, discretisation)
+    return pretraining_stability(averages, root, constants, problem.tokens)
+
+
+_Stage = TypeVar("_Stage", PretrainingPrediction, FinetuningPrediction)
+
+
+def _flagged(stage: _Stage, stability: Stability) -> _Stage:
+    if stability.is_stable or stage.status in (Status.NOT_CONVERGED, Status.COLLAPSED):
+        return stage
+    return dataclasses.replace(stage, status=Status.UNSTABLE)
 
 
 def _jump_mass(root: Root) -> tuple[float, float]:

@@ -12,7 +12,9 @@ from lora_theory.observables import FINETUNING, PRETRAINING
 
 STAGE = {"status", "residual", "quadrature_error", "jump_mass"}
 JSON_NAMES = {
-    "": {"problem", "status", "pretraining", "effective_noise", "finetuning", "branches"},
+    "": {"problem", "status", "stability", "pretraining", "effective_noise", "finetuning"}
+    | {"branches"},
+    "stability": {"pretraining", "finetuning"},
     "problem": {
         "tokens", "activation", "teacher_rank", "label_noise", "inverse_temperature", "teacher",
         "pretraining", "finetuning",
@@ -23,7 +25,7 @@ JSON_NAMES = {
     "effective_noise": {"gain", "variance", "delta_eff", "delta_eff_training"}
     | {"Q", "quadrature_error"},
     "finetuning": STAGE
-    | {"q", "m", "v", "q_hat", "m_hat", "v_hat", "potential", "branch"}
+    | {"q", "m", "v", "q_hat", "m_hat", "v_hat", "potential", "branch", "signal_growth"}
     | {"overlap", "test_error", "train_error", "frozen_test_error"},
 }  # fmt: skip
 

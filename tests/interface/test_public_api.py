@@ -7,6 +7,7 @@ PUBLIC = [
     "EffectiveNoise",
     "Estimate",
     "Finetuning",
+    "LearnedSpectrum",
     "Prediction",
     "Pretraining",
     "Problem",
@@ -14,14 +15,18 @@ PUBLIC = [
     "Simulation",
     "Status",
     "Teacher",
+    "Thresholds",
     "compare",
     "finetune",
     "load",
     "measure_noise",
     "predict",
     "predict_many",
+    "sample_pretrained",
     "simulate",
+    "spectrum",
     "sweep",
+    "thresholds",
 ]
 
 
