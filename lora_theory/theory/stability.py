@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,37 +32,10 @@ from lora_theory.theory.proximal import (
     softmax_field_proximal,
     softmax_lora_proximal,
 )
+from lora_theory.theory.results import Stability
 from lora_theory.theory.roots import Root, standard_error
 
 __all__ = ["Stability", "finetuning_stability", "pretraining_stability"]
-
-# a jump mass is seen from here on, if it is also this many errors from 0
-_MATTERING_JUMPS, _CLEARLY = 0.01, 2
-
-
-class Stability(NamedTuple):
-    """Whether a solution is stable against replica symmetry breaking (docs/theory.md, section 6).
-
-    Example:
-        >>> Stability(0.4, 0.01, 0.002, 0.001).is_stable, Stability(0.4, 0.01, 0.3, 0.01).is_stable
-        (True, False)
-    """
-
-    replicon: float  #: smooth part: squared growth of a random perturbation per iteration
-    error: float  #: its standard error from independent node sets
-    jump_mass: float  #: share of the response due to jumps of the proximal operator
-    jump_error: float  #: its standard error
-
-    @property
-    def is_stable(self) -> bool:
-        """Replicon below 1, and jumps of at most 1 % of the response, or within two errors of 0.
-
-        Strictly any jump is an instability, of an amplitude that vanishes with the jump mass.  At
-        .5 % message passing was always seen to settle (D ≤ 1200), at 1.4 % in one run of six
-        (D = 800).
-        """
-        jumps = abs(self.jump_mass) > max(_MATTERING_JUMPS, _CLEARLY * self.jump_error)
-        return self.replicon < 1 and not jumps
 
 
 def finetuning_stability(averages: Averages, root: Root, task: lora.Task) -> Stability:
