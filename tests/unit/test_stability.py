@@ -20,9 +20,10 @@ from lora_theory.theory.proximal import (
     softmax_field_proximal,
     softmax_lora_proximal,
 )
+from lora_theory.theory.results import Stability
 from lora_theory.theory.roots import solve
 from lora_theory.theory.spectrum import truncated_second_moment
-from lora_theory.theory.stability import Stability, finetuning_stability, pretraining_stability
+from lora_theory.theory.stability import finetuning_stability, pretraining_stability
 
 #: (δ, ε, law): one band or two, the threshold in a band, in the gap, or below all
 CASES = [
@@ -71,7 +72,7 @@ def test_mean_quotient_is_the_response(delta, epsilon, law):
     gap = x[:, None] - x[None]
     quotient = np.where(gap == 0, slopes, (values[:, None] - values) / np.where(gap == 0, 1, gap))
     with jax.enable_x64(True):
-        slope = float(jax.grad(truncated_second_moment)(delta, epsilon, law.rank))
+        slope = float(jax.jit(jax.grad(truncated_second_moment))(delta, epsilon, law.rank))
     assert weights @ quotient @ weights == pytest.approx(slope / (2 * delta), abs=1e-7)
 
 
@@ -222,6 +223,7 @@ def test_linear_pretraining_is_stable_with_a_bound(penalty):
     assert found.is_stable
 
 
+@pytest.mark.slow
 def test_softmax_pretraining_becomes_more_stable_with_the_penalty():
     weak, strong = (of_pretraining(problem("softmax", penalty))[0] for penalty in (0.05, 0.5))
     assert 0 < strong.replicon < 0.5 * weak.replicon < 0.5
