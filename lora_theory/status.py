@@ -34,10 +34,9 @@ class Status(StrEnum):
 _REMEDIES = {
     Status.CONVERGED: "Solved to the requested residual; nothing to do.",
     Status.JUMPS: (
-        "A proximal operator jumps between minima with a share that matters: on fixed nodes the "
-        "equations are discontinuous, their residual may end above the tolerance (but below the "
-        "quadrature error), and replica symmetry may fail. More samples or more penalty remove "
-        "the jumps, more nodes lower the error."
+        "Single nodes on a jump of a proximal operator leave a residual above the tolerance, below "
+        "its own quadrature error; more nodes lower the error, more samples or more penalty remove "
+        "the jumps."
     ),
     Status.UNSTABLE: (
         "The replica-symmetric solution is unstable (replicon at least 1, or jumps of a proximal "

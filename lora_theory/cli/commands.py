@@ -219,28 +219,6 @@ COMMANDS = {
             _predict,
         ),
         Command(
-            "spectrum",
-            "The eigenvalues of the pre-trained matrix: bands, mass at zero, outliers.",
-            (
-                Setting("points", "of each band", "an integer ≥ 8", "integer", "N", 400),
-                Setting(
-                    "dim",
-                    "embedding dimension D at which the LoRA vector is merged",
-                    "an integer ≥ 1",
-                    "integer",
-                    "D",
-                ),
-                *_THEORY,
-            ),
-            _spectrum,
-        ),
-        Command(
-            "thresholds",
-            "Find where training data are fitted exactly, and where the branches of LoRA change.",
-            _THEORY[:3],
-            _thresholds,
-        ),
-        Command(
             "simulate",
             "Draw data, train, fine-tune and measure the same observables, with standard errors.",
             (
@@ -288,6 +266,28 @@ COMMANDS = {
                 Setting("out", "folder that keeps every run, to go on from", metavar="DIR"),
             ),
             _compare,
+        ),
+        Command(
+            "spectrum",
+            "The eigenvalues of the pre-trained matrix: bands, mass at zero, outliers.",
+            (
+                Setting("points", "of each band", "an integer ≥ 8", "integer", "N", 400),
+                Setting(
+                    "dim",
+                    "embedding dimension D at which the LoRA vector is merged",
+                    "an integer ≥ 1",
+                    "integer",
+                    "D",
+                ),
+                *_THEORY,
+            ),
+            _spectrum,
+        ),
+        Command(
+            "thresholds",
+            "Find where training data are fitted exactly, and where the branches of LoRA change.",
+            _THEORY[:3],
+            _thresholds,
         ),
         Command(
             "sweep",

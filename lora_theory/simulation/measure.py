@@ -65,7 +65,8 @@ def cross_terms(S: Matrix, S0: Matrix, vector: Vector, task_vector: Vector) -> N
     """(w*ᵀKw* − wᵀKw)/D^{3/2} and w*ᵀKw*/D^{3/2} with K = S₀ − Ŝ (docs/theory.md, section 7).
 
     They are O(1/√D) and absent from the asymptotics: for σ(A) = A/T the test error E' (the frozen
-    one) of a finite system holds exactly 2(T+1)/T times the first (the second).
+    one) of a finite system holds exactly 2(T+1)/T times the first (the second).  Inverse
+    temperatures are part of the arguments (docs/theory.md, section 2.6).
     """
     gap, scale = S0 - S, len(S) ** 1.5
     frozen, tuned = (float(w @ gap @ w) / scale for w in (task_vector, vector))

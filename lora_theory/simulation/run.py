@@ -101,6 +101,7 @@ def _measured(
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
     overlaps = matrix_overlaps(S, S0)
     beta = problem.finetuning.rescaling if problem.finetuning else 1.0
+    tau, tau_0 = problem.inverse_temperature, problem.teacher.inverse_temperature
     noise = effective_noise(
         beta**2 * overlaps["Q"], beta * overlaps["M"], overlaps["Q0"], problem.label_noise
     )
@@ -111,7 +112,7 @@ def _measured(
             vector_overlaps(vector, w_star)
             | error.named("test_error")
             | frozen.named("frozen_test_error")
-            | cross_terms(beta * S, S0, vector, w_star)
+            | cross_terms(tau * beta * S, tau_0 * S0, tau**0.5 * vector, tau_0**0.5 * w_star)
             | _descent(minimum, sizes.dim)
             for vector, error, minimum in zip(vectors, tuned, minima, strict=True)
         ),

@@ -264,6 +264,9 @@ _Stage = TypeVar("_Stage", PretrainingPrediction, FinetuningPrediction)
 
 
 def _flagged(stage: _Stage, stability: Stability) -> _Stage:
+    """With the error of the jump mass, which the blocks' own roots do not show, and the status."""
+    errors = stage.quadrature_error | {"jump_mass": stability.jump_error}
+    stage = dataclasses.replace(stage, quadrature_error=errors)
     if stability.is_stable or stage.status in (Status.NOT_CONVERGED, Status.COLLAPSED):
         return stage
     return dataclasses.replace(stage, status=Status.UNSTABLE)

@@ -16,14 +16,7 @@ BASE = Problem(
 OTHER_LAW = {"teacher_rank": None, "teacher.law": "goe"}
 CASES = {
     "symmetric teacher, nuclear norm": OTHER_LAW | {"pretraining.regularizer": "nuclear_norm"},
-    "given eigenvalues": {
-        "teacher_rank": None,
-        "teacher.law": "eigenvalues",
-        "teacher.eigenvalues": [0.0, 0.0, 1.0, 3.0],
-    },
-    "unfactorised ridge": {"pretraining.regularizer": "frobenius"},
     "narrow factor": {"pretraining.rank": 0.3, "pretraining.penalty": 0.05},
-    "rescaled, re-used": {"finetuning.rescaling": 0.6, "finetuning.sequences": "reused"},
     "temperatures": {"inverse_temperature": 1.5, "teacher.inverse_temperature": 0.8},
     "softmax, temperatures, re-used": {
         "activation": "softmax",

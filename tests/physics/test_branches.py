@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_theory import predict
+from lora_theory import Status, predict
 
 #: Softmax attention takes longer.
 ACTIVATIONS = ["linear", pytest.param("softmax", marks=pytest.mark.slow)]
@@ -66,3 +66,19 @@ def test_a_narrow_informed_branch_is_found(problem):
     assert best.branch == "informed"
     assert best.overlap > 0.999
     assert best.potential < 0.1 * other.potential
+
+
+@pytest.mark.parametrize(("samples", "penalty", "stable"), [(3.0, 0.3, True), (1.2, 0.1, False)])
+def test_an_unstable_solution_is_flagged(problem, samples, penalty, stable):
+    """Softmax, few samples and a weak penalty: jumps carry most of the response."""
+    asked = problem.replace(
+        {"finetuning.samples": samples, "finetuning.penalty": penalty, "pretraining.penalty": 0.1},
+        activation="linear" if stable else "softmax",
+    )
+    answer = predict(asked, nodes=512)
+    second = answer.stability["finetuning"]
+    assert second.is_stable is stable
+    assert (answer.status is Status.UNSTABLE) is (answer.finetuning.status is Status.UNSTABLE)
+    assert (answer.status is Status.UNSTABLE) is not stable
+    assert answer.status.is_solved
+    assert answer.to_dict()["stability"]["finetuning"]["replicon"] == second.replicon
