@@ -1,4 +1,7 @@
-"""Other teachers, penalties and temperatures: theory against trained systems, D → ∞."""
+"""Narrow factors, temperatures, rescaled weights: theory against trained systems, D → ∞.
+
+Other teachers and penalties: test_learned_spectrum.py, test_message_passing.py.
+"""
 
 import pytest
 
@@ -13,9 +16,7 @@ BASE = Problem(
     pretraining=Pretraining(samples=0.4, penalty=0.1),
     finetuning=Finetuning(samples=4.0, penalty=0.2),
 )
-OTHER_LAW = {"teacher_rank": None, "teacher.law": "goe"}
 CASES = {
-    "symmetric teacher, nuclear norm": OTHER_LAW | {"pretraining.regularizer": "nuclear_norm"},
     "narrow factor": {"pretraining.rank": 0.3, "pretraining.penalty": 0.05},
     "temperatures": {"inverse_temperature": 1.5, "teacher.inverse_temperature": 0.8},
     "softmax, temperatures, re-used": {
