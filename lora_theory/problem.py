@@ -12,7 +12,7 @@ import dataclasses
 import math
 import numbers
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -49,7 +49,7 @@ def _validate(part: Any, prefix: str) -> None:
             if not isinstance(value, str) or value not in entry.metadata["choices"]:
                 raise complaint
         elif name in _LISTS:
-            object.__setattr__(part, name, _numbers(value, complaint))
+            object.__setattr__(part, name, _numbers(value, _LISTS[name], complaint))
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise complaint
         elif name == "tokens":
@@ -68,20 +68,21 @@ def _validate(part: Any, prefix: str) -> None:
             object.__setattr__(part, name, number)
 
 
-#: Fields that hold several numbers.
-_LISTS = ("eigenvalues", "spikes")
+#: Fields that hold several numbers, and how many of these must not be 0.
+_LISTS: dict[str, Callable[[Iterable[float]], bool]] = {"eigenvalues": any, "spikes": all}
 
 
-def _numbers(value: Any, complaint: ProblemError) -> tuple[float, ...]:
-    """One or more finite numbers, not all of them 0 (spikes: none of them)."""
+def _numbers(
+    value: Any, differ_from_0: Callable[[Iterable[float]], bool], complaint: ProblemError
+) -> tuple[float, ...]:
+    """One or more finite numbers."""
     entries = [value] if isinstance(value, numbers.Real) else value
     try:
         found = tuple(float(entry) for entry in entries)
     except (TypeError, ValueError, OverflowError):
         raise complaint from None
-    allowed = all if "other than 0" in str(complaint) else any
     finite = len(found) > 0 and all(map(math.isfinite, found))
-    if isinstance(value, str) or not finite or not allowed(found):
+    if isinstance(value, str) or not finite or not differ_from_0(found):
         raise complaint
     return found
 
@@ -253,6 +254,11 @@ class Problem:
             else:
                 flat[name] = value
         return {name: value for name, value in flat.items() if value is not None}
+
+    @property
+    def rescaling(self) -> float:
+        """β, 1 without fine-tuning."""
+        return self.finetuning.rescaling if self.finetuning else 1.0
 
     def replace(self, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Self:
         """A copy with some fields changed, by dotted names; top-level ones also as keywords.

@@ -28,26 +28,23 @@ class Wishart(NamedTuple):
     def stieltjes(self, w: Complex[Array, "..."]) -> Complex[Array, "..."]:
         """The root that decays as 1/w, in the form that does not cancel."""
         c = 1 / jnp.sqrt(self.rank)
-        lower, upper = self.edges()
-        root = jnp.sqrt(w - upper) * jnp.sqrt(w - self._left(lower))
-        return 2 / (w + c - 1 / c + root)
+        left, right = self._bulk()
+        return 2 / (w + c - 1 / c + jnp.sqrt(w - right) * jnp.sqrt(w - left))
 
-    def _left(self, lower: float | Array) -> Array:
-        """Left edge of the bulk, apart from the eigenvalue 0 of κ0 < 1."""
-        c = 1 / jnp.sqrt(self.rank)
-        return (jnp.sqrt(c) - 1 / jnp.sqrt(c)) ** 2
+    def _bulk(self) -> tuple[float | Array, float | Array]:
+        """Ends of the spectrum apart from the eigenvalue 0 of κ0 < 1."""
+        root = self.rank**0.25
+        return (root - 1 / root) ** 2, (root + 1 / root) ** 2
 
     def edges(self) -> tuple[float | Array, float | Array]:
         """From 0 where P0 < D."""
-        c = 1 / jnp.sqrt(self.rank)
-        outer = [(jnp.sqrt(c) + sign / jnp.sqrt(c)) ** 2 for sign in (-1, 1)]
-        return jnp.where(jnp.asarray(self.rank) < 1, 0.0, outer[0]), outer[1]
+        left, right = self._bulk()
+        return jnp.where(jnp.asarray(self.rank) < 1, 0.0, left), right
 
     def bands(self) -> list[tuple[float, float]]:
         """The bulk, and apart from it the eigenvalue 0 where P0 < D."""
-        rank = float(self.rank)
-        bulk = ((rank**0.25 - rank**-0.25) ** 2, (rank**0.25 + rank**-0.25) ** 2)
-        return [(0.0, 0.0), bulk] if rank < 1 else [bulk]
+        left, right = map(float, self._bulk())
+        return [(0.0, 0.0), (left, right)] if float(self.rank) < 1 else [(left, right)]
 
     def moments(self) -> tuple[float | Array, float | Array]:
         """√κ0 and 1 + κ0."""

@@ -130,9 +130,8 @@ def sampled_errors(
     dtype, dim = task_vector.dtype.type, task_vector.shape[0]
     chunks = sequence_chunks(Draw.TEST_SEQUENCES.key(key), count, problem.tokens, dim, dtype)
     activation = problem.activation
-    rescaling = problem.finetuning.rescaling if problem.finetuning else 1.0
     temperatures = problem.inverse_temperature, problem.teacher.inverse_temperature
-    numbers = np.array([problem.label_noise, rescaling, *temperatures], dtype)
+    numbers = np.array([problem.label_noise, problem.rescaling, *temperatures], dtype)
     factors = weights, teacher, numbers, task_vector, vectors
     parts = [_losses(*chunk, *factors, activation=activation) for chunk in chunks]
     losses = np.concatenate(parts, axis=1)

@@ -100,7 +100,7 @@ def _measured(
     S, S0 = as_matrix(weights), as_matrix(data.teacher)
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
     overlaps = matrix_overlaps(S, S0)
-    beta = problem.finetuning.rescaling if problem.finetuning else 1.0
+    beta = problem.rescaling
     tau, tau_0 = problem.inverse_temperature, problem.teacher.inverse_temperature
     noise = effective_noise(
         beta**2 * overlaps["Q"], beta * overlaps["M"], overlaps["Q0"], problem.label_noise

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +30,7 @@ from lora_theory.theory.roots import (
 )
 from lora_theory.theory.stability import finetuning_stability
 
-__all__ = ["FinetuningNodes", "FrozenWeights", "solve_branches"]
+__all__ = ["FinetuningNodes", "FrozenWeights", "signal_growth", "solve_branches"]
 
 # log s at q0 = 1 among which a root is looked for where it repels the damped iteration
 _SCAN = np.arange(-10.0, 2.5, 0.5)
@@ -153,10 +153,7 @@ def solve_branches(
         for name, root in found.items():
             if name != "informed":
                 averages = nodes.averages(_HELD[name], few=True)
-                rows = averages.of(
-                    root.unknowns, functools.partial(nodes.signal_growth, root.unknowns, averages)
-                )
-                growth[name] = float(rows.mean())
+                growth[name] = signal_growth(averages, root.unknowns)
         return growth
 
     found: dict[str, Root] = {}
@@ -188,6 +185,14 @@ def solve_branches(
     best = found[ordered[0].branch]
     averages = nodes.averages(_HELD[ordered[0].branch])
     return ordered, finetuning_stability(averages, best, nodes.task)
+
+
+def signal_growth(averages: Averages, unknowns: Float[np.ndarray, " 3"]) -> float:
+    """That of a small m at a root without one (docs/theory.md, (3.5))."""
+    equations = averages.equations
+    assert isinstance(equations, lora.LinearFinetuning | lora.SoftmaxFinetuning)
+    rows = averages.of(unknowns, functools.partial(equations.signal_growth, unknowns))
+    return float(rows.mean())
 
 
 class FinetuningNodes:
@@ -226,15 +231,6 @@ class FinetuningNodes:
             )  # fmt: skip
 
         self._fields = in_parallel(fields, zip(chunks, parts, strict=True))
-
-    @staticmethod
-    def signal_growth(
-        unknowns: Float[np.ndarray, " 3"], averages: Averages, chunk: Any, minima: Any
-    ) -> Any:
-        """That of a small m, for :meth:`Averages.of`."""
-        equations = averages.equations
-        assert isinstance(equations, lora.LinearFinetuning | lora.SoftmaxFinetuning)
-        return equations.signal_growth(unknowns, chunk, minima)
 
     def under(self, stage: Finetuning) -> FinetuningNodes:
         """The same nodes for another number of samples or penalty."""

@@ -199,9 +199,7 @@ def finetune(
 
 
 def check_tokens(tokens: int) -> None:
-    """Refuse what cannot be compiled.
-
-    The equations are written out over tokens, which is compiled in reasonable time up to 8."""
+    """The equations are written out over tokens, which is compiled in reasonable time up to 8."""
     if tokens > _MOST_TOKENS:
         raise ProblemError(
             f"tokens = {tokens} is not allowed in the theory: it must be at most {_MOST_TOKENS}"
@@ -317,8 +315,7 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     else:
         values = np.array([pre.weights_at(x, constants) for x in root.block_unknowns]).T
     Q, M, V = values
-    beta = problem.finetuning.rescaling if problem.finetuning else 1.0
-    return FrozenWeights(Q, M, V, constants.label_variance, beta)
+    return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling)
 
 
 def _effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:

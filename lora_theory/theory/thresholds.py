@@ -19,7 +19,7 @@ from lora_theory.observables import to_plain
 from lora_theory.problem import Finetuning, Problem
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages
-from lora_theory.theory.branches import FinetuningNodes
+from lora_theory.theory.branches import FinetuningNodes, signal_growth
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.continuation import Curve, Point, follow
 from lora_theory.theory.fields import field_count
@@ -268,10 +268,8 @@ class _Branches:
 
     def growth(self, samples: float) -> float:
         """That of a small m at the root with m = 0, less 1."""
-        x, averages = self.uninformed(samples).unknowns, self.averages(samples, lora.UNINFORMED)
-        equations: Any = averages.equations
-        rows = averages.of(x, lambda chunk, minima: equations.signal_growth(x, chunk, minima))
-        return float(rows.mean()) - 1
+        averages = self.averages(samples, lora.UNINFORMED)
+        return signal_growth(averages, self.uninformed(samples).unknowns) - 1
 
     def advantage(self, point: Point) -> tuple[float, float]:
         """φ of the uninformed branch less that of an informed root, and its standard error.
