@@ -113,11 +113,8 @@ class Averages:
         self._minima = list(other._minima)
         return self
 
-    def of(
-        self, unknowns: Float[np.ndarray, " n"], function: Callable[[Any, Any], Any]
-    ) -> Float[np.ndarray, "R K"]:
-        """Further averages at ``unknowns``: ``function`` of a chunk and its minima gives rows."""
-        self.at(unknowns, search=True)
+    def of(self, function: Callable[[Any, Any], Any]) -> Float[np.ndarray, "R K"]:
+        """Further averages: ``function`` of a chunk and its last minima gives rows."""
         rows = in_parallel(
             lambda i: function(self.chunks[i], self._minima[i]), range(len(self.chunks))
         )

@@ -191,7 +191,8 @@ def signal_growth(averages: Averages, unknowns: Float[np.ndarray, " 3"]) -> floa
     """That of a small m at a root without one (docs/theory.md, (3.5))."""
     equations = averages.equations
     assert isinstance(equations, lora.LinearFinetuning | lora.SoftmaxFinetuning)
-    rows = averages.of(unknowns, functools.partial(equations.signal_growth, unknowns))
+    averages.at(unknowns, search=True)
+    rows = averages.of(functools.partial(equations.signal_growth, unknowns))
     return float(rows.mean())
 
 

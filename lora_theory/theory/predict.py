@@ -313,7 +313,7 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     if root.observables[order[0]] < _COLLAPSED:
         values = np.zeros((3, len(root.block_unknowns)))
     else:
-        values = np.array([pre.weights_at(x, constants) for x in root.block_unknowns]).T
+        values = np.array([pre.weights_at(x, constants).values[:3] for x in root.block_unknowns]).T
     Q, M, V = values
     return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling)
 

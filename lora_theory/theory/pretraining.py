@@ -70,6 +70,14 @@ _SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
 _EPSILON = float(np.finfo(float).eps)
 
 
+class Channel(NamedTuple):
+    """What the output side of the equations contains of a problem."""
+
+    samples: float  # α
+    label_variance: float  # Q0 + Δ/2, variance of z^y
+    teacher_square: float | Array  # Q0
+
+
 class Constants(NamedTuple):
     """What the equations of pre-training contain of a problem, without temperatures (Units)."""
 
@@ -96,9 +104,10 @@ class Constants(NamedTuple):
         return cls(stage.samples, units.teacher**2 * variance, law, units.teacher, kind)
 
     @property
-    def teacher_square(self) -> float | Array:
-        """Q0."""
-        return self.teacher_scale**2 * self.law.moments()[1]
+    def channel(self) -> Channel:
+        """What the output side needs of them."""
+        Q0 = self.teacher_scale**2 * self.law.moments()[1]
+        return Channel(self.samples, self.label_variance, Q0)
 
 
 def weight_potential(
@@ -123,15 +132,48 @@ def weight_side(
     return -4 * slopes[2], 2 * slopes[1], 4 * slopes[0]
 
 
+class Weights(NamedTuple):
+    """(Q, M, V, Ψ) at log(Q̂, M̂, V̂), and their slopes there."""
+
+    unknowns: Float[Array, " 3"]
+    values: Float[Array, " 4"]
+    slopes: Float[Array, "4 3"]
+
+    def near(self, unknowns: Float[Array, " 3"]) -> Float[Array, " 4"]:
+        """The same to first order."""
+        return self.values + self.slopes @ (unknowns - self.unknowns)
+
+
 @quickly_compiled()
-def _weights_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
-    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
-    return weight_side(Q_hat, M_hat, V_hat, constants)
+def _weights_at(unknowns: Array, constants: Constants) -> Weights:
+    def values(unknowns: Array) -> tuple[Array, Array]:
+        Q_hat, M_hat, V_hat = jnp.exp(unknowns)
+        order = weight_side(Q_hat, M_hat, V_hat, constants)
+        found = jnp.stack([*order, weight_potential(Q_hat, M_hat, V_hat, constants)])
+        return found, found
+
+    slopes, found = jax.jacfwd(values, has_aux=True)(unknowns)
+    return Weights(unknowns, found, slopes)
 
 
-def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Float[np.ndarray, " 3"]:
-    """(Q, M, V) at log(Q̂, M̂, V̂)."""
-    return np.asarray(_weights_at(jnp.asarray(unknowns), constants))
+def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weights:
+    """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
+    found: Weights = _weights_at(jnp.asarray(unknowns), constants)
+    return found
+
+
+class _LastWeights:
+    """The weights at the last unknowns: all chunks of nodes ask for the same."""
+
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
+        self._last: tuple[bytes, Weights] | None = None
+
+    def at(self, unknowns: Float[np.ndarray, " 3"]) -> Weights:
+        name, last = np.asarray(unknowns).tobytes(), self._last
+        if last is None or last[0] != name:
+            last = self._last = name, weights_at(unknowns, self._constants)
+        return last[1]
 
 
 @quickly_compiled()
@@ -203,20 +245,22 @@ class _Output(NamedTuple):
     M_hat: Array
     V_hat: Array
     train_error: Array
+    training_loss: Array  # α times it
     stein: Array  # the Stein form of V̂
     rounding: Array  # a difference of Q̂ this small is none
 
 
-def _linear_output(Q: Array, M: Array, V: Array, constants: Constants, tokens: int) -> _Output:
+def _linear_output(Q: Array, M: Array, V: Array, channel: Channel, tokens: int) -> _Output:
     """Closed for σ(A) = A/T; one block."""
     T = tokens
-    noise = effective_noise(Q, M, constants.label_variance)
+    noise = effective_noise(Q, M, channel.label_variance)
     stiff = V + T**2 / 4
-    V_hat = constants.samples * T * (T + 1) / stiff
+    V_hat = channel.samples * T * (T + 1) / stiff
     train = (T + 1) / T * noise * (T**2 / 4 / stiff) ** 2
     # without label noise Q0 − 2M + Q may cancel to what rounding leaves of Q0
-    rounding = 4 * _EPSILON * V_hat * constants.label_variance / stiff
-    parts = V_hat * noise / stiff, V_hat, V_hat, train, V_hat, rounding
+    rounding = 4 * _EPSILON * V_hat * channel.label_variance / stiff
+    loss = channel.samples * train
+    parts = V_hat * noise / stiff, V_hat, V_hat, train, loss, V_hat, rounding
     return _Output(*(part[None] for part in parts))
 
 
@@ -226,49 +270,50 @@ def _softmax_output(
     V: Array,
     nodes: Labels,
     minimum: Array,
-    constants: Constants,
+    channel: Channel,
     tokens: int,
     blocks: int,
 ) -> _Output:
     """The same for softmax on nodes."""
-    labels, label, frozen, spread = _softmax_fields(Q, M, nodes, constants, tokens)
+    V = jnp.maximum(V, SMALLEST_VARIANCE)
+    labels, label, frozen, spread = _softmax_fields(Q, M, nodes, channel, tokens)
     prox = softmax_field_proximal(labels, frozen, V, minimum)
-    alpha, G = constants.samples, prox.force
+    alpha, G = channel.samples, prox.force
     noise = jnp.concatenate([nodes.frozen_noise, -nodes.frozen_noise], axis=1)
     Q_hat = 2 * alpha * block_means(jnp.sum(G**2, 0), blocks)
     V_hat = -2 * alpha / spread * block_means(jnp.sum(G * noise, 0), blocks)
     signal = 2 * alpha * block_means(jnp.sum(G * label, 0), blocks)
-    M_hat = (signal + M * V_hat) / constants.label_variance
+    M_hat = (signal + M * V_hat) / channel.label_variance
     stein = 2 * alpha / V * block_means(smooth_response(prox), blocks)
     train = block_means(prox.loss, blocks)
-    return _Output(Q_hat, M_hat, V_hat, train, stein, jnp.zeros_like(Q_hat))
+    return _Output(Q_hat, M_hat, V_hat, train, alpha * train, stein, jnp.zeros_like(Q_hat))
 
 
 def _softmax_fields(
-    Q: Array, M: Array, nodes: Labels, constants: Constants, tokens: int
+    Q: Array, M: Array, nodes: Labels, channel: Channel, tokens: int
 ) -> tuple[Array, Array, Array, Array]:
     """y, z^y, z and S on the nodes and their mirror images."""
     label, frozen, spread = frozen_coordinates(
-        *paired(nodes.label_noise, nodes.frozen_noise), Q, M, constants.label_variance
+        *paired(nodes.label_noise, nodes.frozen_noise), Q, M, channel.label_variance
     )
     basis = field_basis(tokens, "softmax")
     return attention(to_fields(basis, label), "softmax", row_axis=0), label, frozen, spread
 
 
 def _rows(
-    unknowns: Array, output: Callable[[Array, Array, Array], _Output], constants: Constants
+    unknowns: Array, weights: Weights, output: Callable[[Array, Array, Array], _Output], Q0: Array
 ) -> Array:
     """Residuals and observables by block, from the output side at given (Q, M, V)."""
     Q_hat, M_hat, V_hat = jnp.exp(unknowns)
-    Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
+    Q, M, V, weight_potential = weights.near(unknowns)
     new = output(Q, M, V)
     potential = (
         (Q_hat * V + 2 * M_hat * M - V_hat * Q) / 4
         + V * new.Q_hat / 4
-        + constants.samples * new.train_error
-        - weight_potential(Q_hat, M_hat, V_hat, constants)
+        + new.training_loss
+        - weight_potential
     )
-    overlap = M / jnp.sqrt(jnp.maximum(Q * constants.teacher_square, 1e-300))
+    overlap = M / jnp.sqrt(jnp.maximum(Q * Q0, 1e-300))
     off = new.Q_hat - Q_hat
     rounding = jnp.where(jnp.abs(off) < new.rounding, off, 0.0)
     rows = [(off - jax.lax.stop_gradient(rounding)) / Q_hat]
@@ -279,55 +324,54 @@ def _rows(
 
 
 @quickly_compiled("tokens")
-def _linear_values(unknowns: Array, constants: Constants, tokens: int) -> tuple[Array, Array]:
-    output = functools.partial(_linear_output, constants=constants, tokens=tokens)
-    return with_jacobian(lambda x: _rows(x, output, constants), unknowns)
-
-
-def _at(
-    unknowns: Array, nodes: Labels, constants: Constants, tokens: int
-) -> tuple[Array, Array, Array, Array]:
-    """y, z, V and the likely starts z and z^y, (2, n, nodes)."""
-    Q_hat, M_hat, V_hat = jnp.exp(unknowns)
-    Q, M, V = weight_side(Q_hat, M_hat, V_hat, constants)
-    labels, label, frozen, _ = _softmax_fields(Q, M, nodes, constants, tokens)
-    return labels, frozen, jnp.maximum(V, SMALLEST_VARIANCE), jnp.stack([frozen, label])
+def _linear_values(weights: Weights, channel: Channel, tokens: int) -> tuple[Array, Array]:
+    output = functools.partial(_linear_output, channel=channel, tokens=tokens)
+    rows = functools.partial(
+        _rows, weights=weights, output=output, Q0=jnp.asarray(channel.teacher_square)
+    )
+    return with_jacobian(rows, weights.unknowns)
 
 
 @quickly_compiled("tokens")
-def _likely(unknowns: Array, nodes: Labels, constants: Constants, tokens: int) -> Array:
-    return _at(unknowns, nodes, constants, tokens)[3]
-
-
-@quickly_compiled("tokens")
-def _minima(
-    unknowns: Array, nodes: Labels, constants: Constants, starts: Array, tokens: int
-) -> Array:
-    labels, frozen, V, _ = _at(unknowns, nodes, constants, tokens)
-    found = softmax_field_minima(labels, frozen, V, starts)
+def _minima(weights: Weights, nodes: Labels, channel: Channel, starts: Array, tokens: int) -> Array:
+    Q, M, V, _ = weights.values
+    labels, _, frozen, _ = _softmax_fields(Q, M, nodes, channel, tokens)
+    found = softmax_field_minima(labels, frozen, jnp.maximum(V, SMALLEST_VARIANCE), starts)
     return found.both
+
+
+@quickly_compiled("tokens")
+def _likely(weights: Weights, nodes: Labels, channel: Channel, tokens: int) -> Array:
+    Q, M, _, _ = weights.values
+    _, label, frozen, _ = _softmax_fields(Q, M, nodes, channel, tokens)
+    return jnp.stack([frozen, label])
 
 
 @quickly_compiled("tokens", "blocks")
 def _softmax_values(
-    unknowns: Array, nodes: Labels, constants: Constants, minima: Array, tokens: int, blocks: int
+    weights: Weights, nodes: Labels, channel: Channel, minima: Array, tokens: int, blocks: int
 ) -> tuple[Array, Array]:
-    def output(Q: Array, M: Array, V: Array) -> _Output:
-        V = jnp.maximum(V, SMALLEST_VARIANCE)
-        return _softmax_output(Q, M, V, nodes, minima[0], constants, tokens, blocks)
-
-    return with_jacobian(lambda x: _rows(x, output, constants), unknowns)
+    output = functools.partial(
+        _softmax_output, nodes=nodes, minimum=minima[0], channel=channel, tokens=tokens,
+        blocks=blocks,
+    )  # fmt: skip
+    rows = functools.partial(
+        _rows, weights=weights, output=output, Q0=jnp.asarray(channel.teacher_square)
+    )
+    return with_jacobian(rows, weights.unknowns)
 
 
 class LinearPretraining(Equations):
     """Relative residuals of (Q̂, M̂, V̂) and all observables at log(Q̂, M̂, V̂): closed."""
 
     def __init__(self, constants: Constants, *, tokens: int) -> None:
-        self._constants, self._tokens = constants, tokens
+        self._weights, self._channel = _LastWeights(constants), constants.channel
+        self._tokens = tokens
 
     def values(self, unknowns: Float[np.ndarray, " 3"], chunk: None, minima: None) -> BlockValues:
         """Residuals and observables, exact: one block."""
-        return BlockValues.of(*_linear_values(unknowns, self._constants, self._tokens))
+        weights = self._weights.at(unknowns)
+        return BlockValues.of(*_linear_values(weights, self._channel, self._tokens))
 
 
 class SoftmaxPretraining(Equations):
@@ -336,23 +380,26 @@ class SoftmaxPretraining(Equations):
     further = 2
 
     def __init__(self, constants: Constants, *, tokens: int, blocks: int) -> None:
-        self._constants, self._tokens, self._blocks = constants, tokens, blocks
+        self._weights, self._channel = _LastWeights(constants), constants.channel
+        self._tokens, self._blocks = tokens, blocks
 
     def likely(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels) -> Array:
         """z and z^y."""
-        starts: Array = _likely(unknowns, chunk, self._constants, self._tokens)
+        starts: Array = _likely(self._weights.at(unknowns), chunk, self._channel, self._tokens)
         return starts
 
     def minima(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, starts: Array) -> Array:
         """The lowest minimum of Prox_V and its rival, (2, n, nodes)."""
-        found: Array = _minima(unknowns, chunk, self._constants, starts, self._tokens)
+        weights = self._weights.at(unknowns)
+        found: Array = _minima(weights, chunk, self._channel, starts, self._tokens)
         return found
 
     def values(
         self, unknowns: Float[np.ndarray, " 3"], chunk: Labels, minima: Array
     ) -> BlockValues:
         """Residuals and observables of the blocks of a chunk."""
-        out = _softmax_values(unknowns, chunk, self._constants, minima, self._tokens, self._blocks)
+        weights = self._weights.at(unknowns)
+        out = _softmax_values(weights, chunk, self._channel, minima, self._tokens, self._blocks)
         return BlockValues.of(*out)
 
 

@@ -75,15 +75,15 @@ def finetuning_stability(averages: Averages, root: Root, task: lora.Task) -> Sta
             found = _softmax_lora(unknowns, chunk, task, minima[0], blocks)
         return found
 
-    values, by_block = _average(averages, root, rows, root.block_unknowns - root.unknowns)
+    here = averages.at(root.unknowns, search=True).observables
+    values, by_block = _average(averages, rows, root.block_unknowns - root.unknowns)
     jumps, response = map(lora.OBSERVABLES.index, ("jumps", "response"))
     size = root.observables[response] or math.nan
-    mass = _at_one_point(averages, root, jumps) / abs(size)
     return Stability(
         float(values.mean()),
         float(standard_error(by_block)),
         float(root.observables[jumps] / size),
-        float(standard_error(mass)),
+        _error_at_one_point(here[:, jumps] / abs(size)),
     )
 
 
@@ -132,14 +132,15 @@ def pretraining_stability(
         return found
 
     moves = root.block_observables[:, columns] - center
-    forces, by_block = _average(averages, root, rows, moves)
+    here = averages.at(root.unknowns, search=True).observables
+    forces, by_block = _average(averages, rows, moves)
     weights = np.array([spectral_divergence(x, constants) for x in root.block_unknowns])
     jump_mass = pre.OBSERVABLES.index("jump_mass")
     return Stability(
         float(weight * forces.mean()),
         float(standard_error(weights * by_block)) if math.isfinite(weight) else math.nan,
         float(root.observables[jump_mass]),
-        float(standard_error(_at_one_point(averages, root, jump_mass))),
+        _error_at_one_point(here[:, jump_mass]),
     )
 
 
@@ -148,23 +149,19 @@ def _blocks_per_chunk(averages: Averages) -> int:
     return max(1, averages.blocks // len(averages.chunks))
 
 
-def _at_one_point(averages: Averages, root: Root, column: int) -> Float[np.ndarray, " R"]:
-    """An observable by block, all at the root of the mean.
+def _error_at_one_point(jump_mass: Float[np.ndarray, " R"]) -> float:
+    """From the blocks all at the root of the mean.
 
-    For the jump mass, whose Stein form is not differentiated: it cannot be taken to the roots of
-    the blocks.
+    The Stein form in it is not differentiated: it cannot be taken to the roots of the blocks.
     """
-    return averages.at(root.unknowns, search=False, remember=False).observables[:, column]
+    return float(standard_error(jump_mass))
 
 
 def _average(
-    averages: Averages,
-    root: Root,
-    rows: Callable[[Any, Any], Array],
-    moves: Float[np.ndarray, "R n"],
+    averages: Averages, rows: Callable[[Any, Any], Array], moves: Float[np.ndarray, "R n"]
 ) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
-    """A value by block at the root, and at the roots of the blocks to first order."""
-    found = averages.of(root.unknowns, rows)
+    """A value by block at the last point, and moved to the roots of the blocks."""
+    found = averages.of(rows)
     return found[:, 0], found[:, 0] + moves @ found[:, 1:].mean(axis=0)
 
 

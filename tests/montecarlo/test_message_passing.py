@@ -105,7 +105,7 @@ def evolved_pretraining(asked, first, count):
         averages, _ = pretraining_averages(asked.replace(finetuning=None), SETTINGS)
         constants, hats, rows = pre.Constants.of(asked), np.log(first), []
         for _ in range(count):
-            rows.append(pre.weights_at(hats, constants))
+            rows.append(pre.weights_at(hats, constants).values[:3])
             hats = hats + np.log(1 + averages.at(hats, search=True).mean)
     return np.array(rows)
 
