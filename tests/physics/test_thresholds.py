@@ -74,7 +74,8 @@ def growth(samples: float) -> tuple[float, float]:
         nodes = FinetuningNodes(stage, weights, 2, "linear", discretisation)
         averages = nodes.averages(lora.UNINFORMED)
         x = refine(averages, np.array([-0.5, 0.0, -1.5]), tolerance=1e-10).unknowns
-        rows = averages.of(x, lambda c, m: averages.equations.signal_growth(x, c, m))
+        averages.at(x, search=True)
+        rows = averages.of(lambda c, m: averages.equations.signal_growth(x, c, m))
     return float(rows.mean()), float(rows.std() / np.sqrt(8))
 
 
