@@ -64,7 +64,7 @@ def axis(ends: tuple[float, float], points: int) -> list[float]:
 
 def theory(which: Map, value: float, profile: Profile) -> list[dict[str, Any]]:
     """One row of a map."""
-    nodes, points = profile.pick(quick=(64, 8), full=(256, 32))
+    nodes, points = profile.pick(quick=(64, 8), full=(128, 32))
     rows = []
     for samples in axis(SAMPLES, points):
         problem = BASE.replace({which.field: value, "finetuning.samples": samples})
