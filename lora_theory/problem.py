@@ -9,6 +9,7 @@ D (fine-tuning).
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import numbers
 import tomllib
@@ -16,6 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from lora_theory.expression import Expression
 
 __all__ = ["FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Teacher"]
 
@@ -31,8 +36,12 @@ def _spec(
     *,
     default: Any = MISSING,
     choices: tuple[str, ...] = (),
+    text: bool = False,
 ) -> Any:
-    metadata = {"symbol": symbol, "meaning": meaning, "allowed": allowed, "choices": choices}
+    metadata = {
+        "symbol": symbol, "meaning": meaning, "allowed": allowed, "choices": choices,
+        "text": text or bool(choices),
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -48,6 +57,8 @@ def _validate(part: Any, prefix: str) -> None:
         if entry.metadata["choices"]:
             if not isinstance(value, str) or value not in entry.metadata["choices"]:
                 raise complaint
+        elif entry.metadata["text"]:
+            _check_penalty(value, complaint)
         elif name in _LISTS:
             object.__setattr__(part, name, _numbers(value, _LISTS[name], complaint))
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -87,6 +98,42 @@ def _numbers(
     return found
 
 
+def _check_penalty(text: Any, complaint: ProblemError) -> None:
+    """Refuse an R(s) that is not finite anywhere, undefined somewhere, or not bounded below."""
+    if not isinstance(text, str):
+        raise complaint
+    try:
+        R = Expression(text)
+    except ValueError as error:
+        raise ProblemError(f"{complaint.args[0]}; {error}") from None
+    sizes = np.concatenate([np.geomspace(1e-6, 1e6, 121), np.linspace(0, 10, 101)])
+    s = np.concatenate([-sizes, sizes])
+    values = R(s)
+    refused = complaint.args[0].partition(":")[0]
+    if np.any(np.isnan(values)):
+        place = s[np.isnan(values)][-1]
+        raise ProblemError(
+            f'{refused}: it is not a number at s = {place:g}; an R that is infinite there is "… if '
+            's >= 0 else inf"'
+        )
+    near = np.min(values, where=np.abs(s) < 1e3, initial=math.inf)
+    if not math.isfinite(near):
+        raise ProblemError(f"{refused}: it must be finite somewhere, and nowhere -inf")
+    if np.min(values) < near - 1e-3 * (1 + abs(near)):
+        raise ProblemError(f"{refused}: it must be bounded from below, and falls without end")
+
+
+def _refuse_misplaced(name: str, value: Any, switch: str, chosen: str, wanted: str) -> None:
+    """A field that one value of another field needs, and no other value allows."""
+    if chosen == wanted and value is None:
+        (spec,) = (spec for spec in Problem.specs() if spec.name == name)
+        raise ProblemError(f"{name} is missing: {spec.meaning}, {spec.allowed}")
+    if chosen != wanted and value is not None:
+        raise ProblemError(
+            f'{name} = {value!r} is not allowed with {switch} = "{chosen}": leave it out'
+        )
+
+
 class FieldSpec(NamedTuple):
     """What one field is: the row of the notation table, the help of the flag."""
 
@@ -96,6 +143,7 @@ class FieldSpec(NamedTuple):
     allowed: str
     default: Any  # dataclasses.MISSING if the field must be given
     choices: tuple[str, ...]
+    text: bool  # whether values are text, not numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +186,28 @@ class Pretraining:
     penalty: float = _spec("λ", "strength of the penalty, see regularizer", "> 0")
     rank: float = _spec("κ", "width of the trained factor, P/D", "> 0", default=1.0)
     regularizer: str = _spec(
-        "R",
-        "λ‖W‖²_F on the factor, or (λD/2)‖S‖²_F or λD‖S‖_* on an unfactorised symmetric S",
-        '"weight_decay", "frobenius" or "nuclear_norm"',
+        "",
+        "λ‖W‖²_F on the factor, or on an unfactorised symmetric S with eigenvalues s: "
+        "(λD/2)‖S‖²_F, λD‖S‖_* or λD ΣR(s)",
+        '"weight_decay", "frobenius", "nuclear_norm" or "separable"',
         default="weight_decay",
-        choices=("weight_decay", "frobenius", "nuclear_norm"),
+        choices=("weight_decay", "frobenius", "nuclear_norm", "separable"),
+    )
+    function: str | None = _spec(
+        "R(s)",
+        'the function of the separable penalty, as "abs(s)**1.5 + s**2/2"',
+        "an expression in s of numbers, + - * / **, abs, sqrt, exp, log, log1p, cosh, tanh, "
+        'minimum, maximum, inf and "… if s >= 0 else …"',
+        default=None,
+        text=True,
     )
 
     def __post_init__(self) -> None:
         _validate(self, "pretraining.")
+        _refuse_misplaced(
+            "pretraining.function", self.function, "pretraining.regularizer", self.regularizer,
+            "separable",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,19 +285,12 @@ class Problem:
                 f"tokens = {self.tokens} is not allowed with activation = {self.activation!r}: "
                 "it must be an integer ≥ 2 (1 only for linear)"
             )
-        law = self.teacher.law
         for name, wanted, value in (
             ("teacher_rank", "wishart", self.teacher_rank),
             ("teacher.exponent", "power_law", self.teacher.exponent),
             ("teacher.eigenvalues", "eigenvalues", self.teacher.eigenvalues),
         ):
-            if law == wanted and value is None:
-                (spec,) = (spec for spec in self.specs() if spec.name == name)
-                raise ProblemError(f"{name} is missing: {spec.meaning}, {spec.allowed}")
-            if law != wanted and value is not None:
-                raise ProblemError(
-                    f'{name} = {value!r} is not allowed with teacher.law = "{law}": leave it out'
-                )
+            _refuse_misplaced(name, value, "teacher.law", self.teacher.law, wanted)
 
     # -- the one definition of the fields ------------------------------------------------------
 
@@ -313,7 +367,8 @@ class Problem:
             group, _, inner = name.rpartition(".")
             if group and f"[{group}]" not in lines:
                 lines += ["", f"[{group}]"]
-            shown = f'"{value}"' if isinstance(value, str) else repr(value)
+            # a string of JSON is one of TOML
+            shown = json.dumps(value) if isinstance(value, str) else repr(value)
             lines.append(f"{inner} = " + (str(list(value)) if isinstance(value, tuple) else shown))
         text = "\n".join(lines) + "\n"
         if path is not None:
@@ -358,6 +413,7 @@ def _specs(part: type, prefix: str) -> Iterator[FieldSpec]:
                 data["allowed"],
                 entry.default,
                 data["choices"],
+                data["text"],
             )
         else:
             yield from _specs(_PARTS[entry.name], entry.name + ".")

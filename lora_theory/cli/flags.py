@@ -138,7 +138,7 @@ def _problem(parsed: Any) -> Problem:
         if text is None:
             continue
         values = [number(part) for part in text.split(",")]
-        assign(raw, spec.name, text if spec.choices else values if len(values) > 1 else values[0])
+        assign(raw, spec.name, text if spec.text else values if len(values) > 1 else values[0])
     return Problem.from_dict(raw)
 
 

@@ -189,7 +189,9 @@ class _Limits(NamedTuple):
 def _descended(problem: Problem, data: PretrainingData) -> Weights:
     """The weights of the descent of ``simulate``, closer to the minimum."""
     form, limits = problem.pretraining.regularizer, (_DESCENT_TOLERANCE, _DESCENT_STEPS)
-    kind = {"activation": problem.activation, "form": form}
+    kind: Any = {
+        "activation": problem.activation, "form": form, "function": problem.pretraining.function,
+    }  # fmt: skip
     return student(
         minimise(pretraining_task(data, problem), data.start, *limits, **kind).weights, form
     )

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from lora_theory.attention import attention
 from lora_theory.simulation.fields import Symmetric, Weights, centred_fields
+from lora_theory.simulation.proximal_descent import proximal_descent
 
 __all__ = ["Minimum", "Task", "minimise", "minimise_together", "student", "training_loss"]
 
@@ -32,7 +33,8 @@ class Task(NamedTuple):
 
     The trained numbers have the form of a regularizer: "weight_decay", a factor W with λ‖W‖²_F;
     "nuclear_norm", factors (A, B) side by side of S = (AAᵀ − BBᵀ)/D with λ(‖A‖² + ‖B‖²), which at
-    its least is λD Σ|s_i|; "frobenius", the symmetric S with (λD/2)‖S‖²_F.
+    its least is λD Σ|s_i|; "frobenius", the symmetric S with (λD/2)‖S‖²_F; "separable", the same
+    with λD ΣR(s_i).
     """
 
     sequences: Float[Array, "n T D"]
@@ -62,7 +64,8 @@ def student(weights: Float[Array, "D P"], form: str) -> Weights:
         return Symmetric(
             (jnp.matmul(A, A.T, precision=exact) - jnp.matmul(B, B.T, precision=exact)) / dim
         )
-    return Symmetric((weights + weights.T) / 2) if form == "frobenius" else weights
+    unfactorised = form in ("frobenius", "separable")
+    return Symmetric((weights + weights.T) / 2) if unfactorised else weights
 
 
 def _penalty(weights: Float[Array, "D P"], form: str) -> Float[Array, ""]:
@@ -75,9 +78,15 @@ def training_loss(
     task: Task, weights: Float[Array, "D P"], activation: str, form: str = "weight_decay"
 ) -> Float[Array, ""]:
     """Σ_μ ‖σ(τ(frozen + fields of W)) − target‖²_F and the penalty."""
+    return _data_loss(task, weights, activation, form) + task.penalty * _penalty(weights, form)
+
+
+def _data_loss(
+    task: Task, weights: Float[Array, "D P"], activation: str, form: str
+) -> Float[Array, ""]:
     fields = task.frozen + centred_fields(task.sequences, student(weights, form))
     fitted = attention(task.inverse_temperature * fields, activation)
-    return jnp.sum((task.targets - fitted) ** 2) + task.penalty * _penalty(weights, form)
+    return jnp.sum((task.targets - fitted) ** 2)
 
 
 class _State(NamedTuple):
@@ -90,7 +99,7 @@ class _State(NamedTuple):
     since_lowest: Integer[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "form"))
+@functools.partial(jax.jit, static_argnames=("activation", "form", "function"))
 def minimise(
     task: Task,
     start: Float[Array, "D P"],
@@ -99,13 +108,29 @@ def minimise(
     *,
     activation: str,
     form: str = "weight_decay",
+    function: str | None = None,
 ) -> Minimum:
     """The local minimum of the training loss reached from ``start``.
 
     It stops when ‖∇L‖ ≤ ``tolerance`` times the gradient of the penalty, ‖2λW‖, after
     ``max_iterations``, or when rounding keeps the loss from falling; only the first counts as
-    converged.
+    converged.  A separable penalty R(s), ``function``, is descended by proximal gradients, relative
+    to that of the loss.
     """
+    if form == "separable":
+        assert function is not None
+        found = proximal_descent(
+            lambda S: _data_loss(task, S, activation, form),
+            function, task.penalty * len(start), start, tolerance, max_iterations, PATIENCE,
+        )  # fmt: skip
+        return Minimum(
+            found.weights,
+            found.data_loss + found.penalty,
+            found.data_loss / task.sequences.shape[0],
+            found.relative_gradient,
+            found.iterations,
+            found.relative_gradient <= tolerance,
+        )
     solver = optax.lbfgs()
 
     def loss(weights: Array) -> Array:
@@ -163,7 +188,7 @@ def minimise(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "form"))
+@functools.partial(jax.jit, static_argnames=("activation", "form", "function"))
 def minimise_together(
     tasks: Task,
     starts: Float[Array, "runs D P"],
@@ -172,13 +197,15 @@ def minimise_together(
     *,
     activation: str,
     form: str = "weight_decay",
+    function: str | None = None,
 ) -> Minimum:
     """:func:`minimise` for several tasks of one shape, stacked along a first axis."""
 
     def one(task: Task, start: Array) -> Minimum:
         minimum: Minimum = minimise(
-            task, start, tolerance, max_iterations, activation=activation, form=form
-        )
+            task, start, tolerance, max_iterations,
+            activation=activation, form=form, function=function,
+        )  # fmt: skip
         return minimum
 
     return jax.vmap(one)(tasks, starts)

@@ -33,14 +33,14 @@ def pretraining_data(
     """Teacher, sequences, noisy teacher fields and the start of the descent.
 
     The start is a factor with iid N(0, 1) entries, which gives S eigenvalues of order one, as the
-    teacher's; the unfactorised S of the Frobenius penalty starts at 0.
+    teacher's; the unfactorised S of the Frobenius and separable penalties starts at 0.
     """
     dim, own = sizes.dim, Draw.PRETRAINING_START.key(key)
     teacher = draw_teacher(key, problem, sizes, dtype)
-    columns = {"weight_decay": sizes.student_rank, "nuclear_norm": 2 * dim, "frobenius": dim}
+    columns = {"weight_decay": sizes.student_rank, "nuclear_norm": 2 * dim}
     regularizer = problem.pretraining.regularizer
-    start = draw_normal(own, (dim, columns[regularizer]), dtype)
-    if regularizer == "frobenius":
+    start = draw_normal(own, (dim, columns.get(regularizer, dim)), dtype)
+    if regularizer in ("frobenius", "separable"):
         start = jnp.zeros_like(start)
     sequences, noise = draw_sequences(
         Draw.PRETRAINING_SEQUENCES.key(key), sizes.pretraining_sequences, sizes.tokens, dim, dtype

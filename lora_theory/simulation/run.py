@@ -72,8 +72,9 @@ def _pretrained(
         return data, [minimum for minimum, _ in sampled], [weights for _, weights in sampled]
     data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
     tasks = [pretraining_task(run, problem) for run in data]
-    form = problem.pretraining.regularizer
-    pretrained = _descend(tasks, [run.start for run in data], problem, effort, form)
+    form, function = problem.pretraining.regularizer, problem.pretraining.function
+    starts = [run.start for run in data]
+    pretrained = _descend(tasks, starts, problem, effort, form, function)
     return data, pretrained, [student(minimum.weights, form) for minimum in pretrained]
 
 
@@ -175,10 +176,11 @@ def _descend(
     problem: Problem,
     effort: Effort,
     form: str = "weight_decay",
+    function: str | None = None,
 ) -> list[Minimum]:
     """One descent per run, all in one batch."""
     limits = effort.gradient_tolerance, effort.max_iterations
-    kind = {"activation": problem.activation, "form": form}
+    kind: Any = {"activation": problem.activation, "form": form, "function": function}
     if len(tasks) == 1:
         return [minimise(tasks[0], starts[0], *limits, **kind)]
     together = jax.tree.map(lambda *parts: jnp.stack(parts), *tasks)

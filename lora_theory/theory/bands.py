@@ -23,7 +23,7 @@ from lora_theory.laws import Law
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.convolution import height
 
-__all__ = ["Detached", "curve", "detached", "real_bands", "real_transform"]
+__all__ = ["CurvePoints", "Detached", "curve", "detached", "real_bands", "real_transform"]
 
 _NUDGE = 1e-10
 
@@ -33,6 +33,15 @@ class Detached(NamedTuple):
 
     x: float
     squared_overlap: float  # (uᵀv)² of its eigenvector u, ‖u‖ = ‖v‖ = 1
+
+
+class CurvePoints(NamedTuple):
+    """Points of the real axis under Biane's curve."""
+
+    x: Float[Array, " n"]
+    density: Float[Array, " n"]  # of μ_δ
+    rate: Float[Array, " n"]  # dx/du
+    transform: Complex[Array, " n"]  # G0(w), which is G(x)
 
 
 @quickly_compiled()
@@ -47,23 +56,22 @@ def real_transform(w: float, law: Law) -> tuple[float, float]:
 
 
 @quickly_compiled()
-def curve(
-    u: Float[Array, " n"], delta: Float[Array, ""], law: Law
-) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
-    """x, the density of μ_δ there and dx/du at the points w = u + iη(u) of Biane's curve.
+def curve(u: Float[Array, " n"], delta: Float[Array, ""], law: Law) -> CurvePoints:
+    """What μ_δ is at the points w = u + iη(u) of Biane's curve.
 
     x = Re H(w), density η/(πδ²) and, as H is real along the curve, dx/du = 1/Re(1/H'(w)), which is
     finite at the edges, where H' vanishes, but is 0/0 there in floating point.
     """
 
-    def at(u: Array) -> tuple[Array, Array, Array]:
+    def at(u: Array) -> CurvePoints:
         eta = height(u, delta, law)
         w = u + 1j * eta
         value, slope = jax.jvp(law.stieltjes, (w,), (jnp.ones_like(w),))
         x = (w + delta**2 * value).real
-        return x, eta / (jnp.pi * delta**2), 1 / (1 / (1 + delta**2 * slope)).real
+        rate = 1 / (1 / (1 + delta**2 * slope)).real
+        return CurvePoints(x, eta / (jnp.pi * delta**2), rate, value)
 
-    found: tuple[Array, Array, Array] = jax.vmap(at)(u)
+    found: CurvePoints = jax.vmap(at)(u)
     return found
 
 

@@ -296,7 +296,7 @@ def _pretraining_prediction(
         values |= {"Q": 0.0, "M": 0.0, "V": 0.0, "overlap": math.nan}
         status = Status.COLLAPSED if status.is_solved else status
     else:
-        rank = pre.rank_at(root.unknowns, pre.Constants.of(problem))
+        rank = pre.kept_at(root.unknowns, pre.Constants.of(problem)).rank
     return PretrainingPrediction(
         status=status,
         residual=root.residual,

@@ -38,6 +38,7 @@ from lora_theory.theory.regularizers import (
     WeightDecay,
 )
 from lora_theory.theory.roots import log_ratio
+from lora_theory.theory.separable import Separable, separable_nodes, separable_weights
 from lora_theory.theory.units import Units
 
 __all__ = [
@@ -49,8 +50,8 @@ __all__ = [
     "SoftmaxPretraining",
     "block_means",
     "frozen_coordinates",
+    "kept_at",
     "paired",
-    "rank_at",
     "relaxation",
     "smooth_response",
     "weight_potential",
@@ -85,21 +86,24 @@ class Constants(NamedTuple):
     label_variance: float  # Q0 + Δ/2, variance of z^y
     law: Law  # of S0 …
     teacher_scale: float  # … which is multiplied by τ0
-    regularizer: Regularizer
+    regularizer: Regularizer | Separable
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
         """The constants of ``problem``."""
         stage, units, law = problem.pretraining, Units.of(problem), law_of(problem)
-        kind: Regularizer
+        kind: Regularizer | Separable
         if stage.regularizer == "weight_decay":
             kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
             if stage.rank < 1:
                 kind = NarrowFactor(kind, stage.rank)
         elif stage.regularizer == "frobenius":
             kind = Frobenius(stage.penalty / units.student**2)
-        else:
+        elif stage.regularizer == "nuclear_norm":
             kind = NuclearNorm(stage.penalty / units.student)
+        else:
+            assert stage.function is not None
+            kind = Separable(stage.function, stage.penalty, units.student)
         variance = float(law.moments()[1]) + problem.label_noise / 2
         return cls(stage.samples, units.teacher**2 * variance, law, units.teacher, kind)
 
@@ -117,6 +121,7 @@ def weight_potential(
     constants: Constants,
 ) -> Float[Array, ""]:
     """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
+    assert not isinstance(constants.regularizer, Separable)  # which is not traced: weights_at
     scale, law = constants.teacher_scale, constants.law
     return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
 
@@ -158,8 +163,12 @@ def _weights_at(unknowns: Array, constants: Constants) -> Weights:
 
 def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weights:
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
-    found: Weights = _weights_at(jnp.asarray(unknowns), constants)
-    return found
+    at, kind = jnp.asarray(unknowns), constants.regularizer
+    if isinstance(kind, Separable):
+        found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
+        return Weights(at, *map(jnp.asarray, found))
+    solved: Weights = _weights_at(at, constants)
+    return solved
 
 
 class _LastWeights:
@@ -177,15 +186,33 @@ class _LastWeights:
 
 
 @quickly_compiled()
-def _rank_at(unknowns: Array, constants: Constants) -> Array:
+def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
+    kind = constants.regularizer
+    assert not isinstance(kind, Separable)
     Q_hat, M_hat, _ = jnp.exp(unknowns)
-    scale, law = constants.teacher_scale, constants.law
-    return constants.regularizer.learned_rank(Q_hat, scale * M_hat, law)
+    at = Q_hat, constants.teacher_scale * M_hat, constants.law
+    return kind.learned_rank(*at), *kind.dead_zone(*at)
 
 
-def rank_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> float:
-    """Rank of Ŝ over D at log(Q̂, M̂, V̂)."""
-    return float(_rank_at(jnp.asarray(unknowns), constants))
+class Kept(NamedTuple):
+    """Which eigenvalues y of Y the penalty leaves, s(y) ≠ 0, and where s(y) is not smooth."""
+
+    rank: float  # share of those that are left
+    dead_zone: tuple[float, float]  # the y that become 0; equal ends where none do
+    corners: tuple[float, ...]  # ends of the dead zone and other places
+    jumps: bool  # whether s jumps where there are eigenvalues
+
+
+def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
+    """What is kept at log(Q̂, M̂, V̂)."""
+    kind = constants.regularizer
+    if isinstance(kind, Separable):
+        nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
+        return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
+    rank, low, high = map(float, _kept_at(jnp.asarray(unknowns), constants))
+    corners = tuple(y for y in (low, high) if math.isfinite(y) and low < high)
+    cut = isinstance(kind, NarrowFactor) and high > 2 * float(kind.decay.scaled_penalty)
+    return Kept(rank, (low, high), corners, cut)
 
 
 def paired(

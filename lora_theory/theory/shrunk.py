@@ -1,7 +1,7 @@
 """Law and outliers of Ŝ = f(Y)/V̂ at given Q̂, M̂ and V̂ (docs/theory.md, section 2.7).
 
-With x = y/M̂ the spectrum of S0 + δZ is known along the curve of its free convolution, and f is
-affine wherever it is not 0: the bands of μ_δ, without what f makes 0, are the bands of Ŝ.
+With x = y/M̂ the spectrum of S0 + δZ is known along the curve of its free convolution, and f
+increases wherever it is not 0: the bands of μ_δ, without what f makes 0, are the bands of Ŝ.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from lora_theory.laws import Law
-from lora_theory.problem import Problem
+from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.bands import curve, detached, real_bands, real_transform
 from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.convolution import boundary, quantile, tail_moment
-from lora_theory.theory.pretraining import Constants, rank_at
+from lora_theory.theory.pretraining import Constants, kept_at
 from lora_theory.theory.units import Units
 
 __all__ = ["Outlier", "Shrunk", "shrunk_spectrum"]
 
 #: The share of eigenvalues beyond the grid, of a law without an upper end.
 _BEYOND = 1e-6
+#: Slopes at ends, and s beside a jump, are taken this part of the piece inside; pieces this near to each other are one.
+_INSIDE, _TOUCHING = 1e-9, 1e-6
+#: A piece this narrow, in units of s, is one eigenvalue.
+_FLAT = 1e-9
 #: An end this small, next to the length of its band, is 0.
 _ROUNDING = 1e-12
 
@@ -77,12 +83,6 @@ class Shrunk(NamedTuple):
 
 
 @quickly_compiled()
-def _dead_zone(unknowns: Array, constants: Constants) -> tuple[Array, Array]:
-    Q_hat, M_hat, _ = jnp.exp(unknowns)
-    return constants.regularizer.dead_zone(Q_hat, constants.teacher_scale * M_hat, constants.law)
-
-
-@quickly_compiled()
 def _boundary(x: Array, delta: Array, law: Law) -> Array:
     return boundary(x, delta, law)
 
@@ -101,15 +101,29 @@ def shrunk_spectrum(unknowns: Float[np.ndarray, " 3"], problem: Problem, points:
     Q_hat, M_hat, V_hat = np.exp(unknowns)
     signal = float(constants.teacher_scale * M_hat)  # Y = signal·(S0 + δZ)
     delta = math.sqrt(Q_hat) / signal
-    low, high = (float(y) / signal for y in _dead_zone(jnp.asarray(unknowns), constants))
+    kept = kept_at(unknowns, constants)
+    low, high = (y / signal for y in kept.dead_zone)
 
     def learned(x: ArrayLike) -> Grid:
         y = jnp.asarray(signal * np.asarray(x, dtype=np.float64))
         return np.asarray(kind.shrink(y, V_hat), dtype=np.float64) / units.student
 
+    def slope(x: Grid) -> Grid:
+        """ds/dx, at an end that of the inside."""
+        y = jnp.asarray(signal * _inside(x))
+        by_y = jax.jvp(lambda y: kind.shrink(y, V_hat), (y,), (jnp.ones_like(y),))[1]
+        return signal * np.asarray(by_y) / units.student
+
     bands = real_bands(delta, law)
-    pieces = [piece for band in bands for piece in _kept(band, low, high, delta, law)]
-    grids, ends, tail = [np.zeros((3, 0))], [], np.zeros(2)
+    corners = [_u_of(y / signal, delta, law) for y in kept.corners]
+    pieces = [
+        piece
+        for band in bands
+        for part in _kept(band, low, high, delta, law)
+        for piece in pairwise([part[0], *(u for u in corners if part[0] < u < part[1]), part[1]])
+    ]
+    grids, tail = [np.zeros((3, 0))], np.zeros(2)
+    ends: list[tuple[float, float]] = []
     for left, right in pieces:
         endless = math.isinf(right)
         stop = right
@@ -117,18 +131,35 @@ def shrunk_spectrum(unknowns: Float[np.ndarray, " 3"], problem: Problem, points:
             far, stop, about = _far(jnp.asarray(delta), law)
             tail = _tail_moments(learned(far), learned(far + 1) - learned(far), np.array(about))
         x, density, share = _grid(left, float(stop), delta, law, points, endless)
-        s = learned(x)
+        s = learned(_inside(x) if kept.jumps else x)
         length = s[-1] - s[0]
+        if length < _FLAT * np.abs(s).max():
+            raise ProblemError(
+                f"pretraining.function = {problem.pretraining.function!r} has no density: it holds "
+                f"a share {share.sum():.3g} of the eigenvalues at s = {s.mean():.6g}, where it has "
+                "a kink; for its spectrum it must be smooth except at 0"
+            )
         s[np.abs(s) < _ROUNDING * length] = 0.0
-        grids.append(np.stack([s, density * (x[-1] - x[0]) / length, share]))
-        ends.append((float(s[0]), math.inf if endless else float(s[-1])))
+        with np.errstate(divide="ignore"):
+            grids.append(np.stack([s, density / slope(x), share]))
+        end = math.inf if endless else float(s[-1])
+        if ends and s[0] - ends[-1][1] < _TOUCHING * length:
+            ends[-1] = ends[-1][0], end
+        else:
+            ends.append((float(s[0]), end))
     s, density, share = np.concatenate(grids, axis=1)
     return Shrunk(
-        s, density, share, tuple(ends), rank_at(unknowns, constants),
+        s, density, share, tuple(ends), kept.rank,
         float(np.sum(share * s) + tail[0]), float(np.sum(share * s**2) + tail[1]),
         tuple(_outliers(problem, learned, (low, high), delta, law, bands)),
         _visible((low, high), delta, law, bands),
     )  # fmt: skip
+
+
+def _inside(x: Grid) -> Grid:
+    """The same without its ends."""
+    edge = _INSIDE * (x[-1] - x[0])
+    return np.clip(x, x[0] + edge, x[-1] - edge)
 
 
 def _tail_moments(s: Grid, slope: Grid, about: Grid) -> Grid:
@@ -144,13 +175,14 @@ def _kept(
     ends = [_x_of(u, delta, law) for u in band]
     if low >= high or high <= ends[0] or low >= ends[1]:
         return [band]
-
-    def u_of(x: float) -> float:
-        return float(_boundary(jnp.asarray(x), jnp.asarray(delta), law).real)
-
-    left = [(band[0], u_of(low))] if low > ends[0] else []
-    right = [(u_of(high), band[1])] if high < ends[1] else []
+    left = [(band[0], _u_of(low, delta, law))] if low > ends[0] else []
+    right = [(_u_of(high, delta, law), band[1])] if high < ends[1] else []
     return left + right
+
+
+def _u_of(x: float, delta: float, law: Law) -> float:
+    """The u below x."""
+    return float(_boundary(jnp.asarray(x), jnp.asarray(delta), law).real)
 
 
 def _x_of(u: float, delta: float, law: Law) -> float:
@@ -173,7 +205,7 @@ def _grid(
         slope = slope * stretch * np.exp(stretch * t) / math.expm1(stretch)
         t = np.expm1(stretch * t) / math.expm1(stretch)
     found = curve(jnp.asarray(left + (right - left) * t), jnp.asarray(delta), law)
-    x, density, rate = (np.asarray(part) for part in found)
+    x, density, rate, _ = (np.asarray(part) for part in found)
     share = np.zeros(points)
     inside = (weights > 0) & (density > 0)
     share[inside] = density[inside] * rate[inside] * (right - left) * (slope * weights)[inside]
@@ -215,8 +247,7 @@ def _visible(
         if math.isinf(u) or (dead[0] < dead[1] and math.isinf(cut)):
             thresholds.append(None)
             continue
-        w = u
-        if dead[0] < dead[1] and side * (cut - _x_of(u, delta, law)) > 0:
-            w = float(_boundary(jnp.asarray(cut), jnp.asarray(delta), law).real)
+        beyond = dead[0] < dead[1] and side * (cut - _x_of(u, delta, law)) > 0
+        w = _u_of(cut, delta, law) if beyond else u
         thresholds.append(1 / real_transform(w, law)[0])
     return thresholds[0], thresholds[1]

@@ -11,8 +11,9 @@ from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
 from lora_theory.theory import stability
 from lora_theory.theory.branches import FinetuningNodes, FrozenWeights
-from lora_theory.theory.divergence import law_nodes, spectral_divergence, squared_divergence
+from lora_theory.theory.divergence import spectral_divergence, squared_divergence
 from lora_theory.theory.fields import field_basis
+from lora_theory.theory.law_nodes import law_nodes
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import pretraining_averages, solve_pretraining
 from lora_theory.theory.proximal import (
@@ -56,7 +57,7 @@ def sampled(delta, law, dim):
 
 @pytest.mark.parametrize(("delta", "epsilon", "law"), CASES)
 def test_nodes_integrate_the_law(delta, epsilon, law):
-    x, weights = nodes_of(delta, epsilon, law)
+    x, weights, _ = nodes_of(delta, epsilon, law)
     mean, second = (float(moment) for moment in law.moments())
     heavy = 1e-3 if isinstance(law, PowerLaw) else 1e-6  # of what lies beyond the last node
     assert weights.sum() == pytest.approx(1, abs=1e-6)
@@ -67,7 +68,7 @@ def test_nodes_integrate_the_law(delta, epsilon, law):
 @pytest.mark.parametrize(("delta", "epsilon", "law"), CASES[:4])
 def test_mean_quotient_is_the_response(delta, epsilon, law):
     """∬(f(x) − f(y))/(x − y) = ∂_δJ/2δ, a closed tail integral."""
-    x, weights = nodes_of(delta, epsilon, law)
+    x, weights, _ = nodes_of(delta, epsilon, law)
     values, slopes = kept(x, epsilon)
     gap = x[:, None] - x[None]
     quotient = np.where(gap == 0, slopes, (values[:, None] - values) / np.where(gap == 0, 1, gap))
@@ -89,7 +90,7 @@ def test_double_integral_is_the_growth_of_a_random_change_of_y(delta, epsilon, l
     change = (change + change.T) / np.sqrt(2 * dim)
     grown = mapped(Y + step * change) - mapped(Y - step * change)
     measured = np.sum(grown**2) / (4 * step**2 * np.sum(change**2))
-    x, weights = nodes_of(delta, epsilon, law)
+    x, weights, _ = nodes_of(delta, epsilon, law)
     values, slopes = kept(x, epsilon)
     assert squared_divergence(x, weights, values, slopes) == pytest.approx(measured, abs=0.01)
     # control: what is kept on both sides alone, unless that is all

@@ -1,0 +1,102 @@
+"""Functions of one number s, written as an expression: "abs(s)**1.5 + s**2/2".
+
+Read as a syntax tree of a few known kinds, never executed as code: an expression may come from a
+file.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Expression"]
+
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.Div: operator.truediv, ast.Pow: operator.pow,
+    ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip
+_CONSTANTS = {"inf": math.inf, "pi": math.pi, "e": math.e}
+_FUNCTIONS = {
+    "abs": 1, "sqrt": 1, "exp": 1, "log": 1, "log1p": 1, "cosh": 1, "tanh": 1,
+    "minimum": 2, "maximum": 2,
+}  # fmt: skip
+_LONGEST, _LARGEST = 1000, 1e30
+
+
+class Expression:
+    """The function of s that a text spells; call it with arrays of NumPy or of JAX.
+
+    Numbers, s, inf, pi, e; + - * / **; abs, sqrt, exp, log, log1p, cosh, tanh, minimum, maximum;
+    "a if s >= b else c".
+
+    Raises:
+        ValueError: something else is in the text.
+
+    Example:
+        >>> half_line = Expression("s if s >= 0 else inf")
+        >>> half_line(np.array([-1.0, 2.0])).tolist()
+        [inf, 2.0]
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > _LONGEST:
+            raise ValueError(f"it is longer than {_LONGEST} characters")
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise ValueError("it is not an expression") from None
+        self.text = text
+        self._evaluate = _compiled(tree)
+
+    def __call__(self, s: Any, xp: Any = np) -> Any:
+        """Its values at s, by the functions of ``xp``, NumPy or ``jax.numpy``."""
+        with np.errstate(all="ignore"):  # NaN and inf are judged by those who read them
+            return xp.broadcast_to(self._evaluate(s, xp), s.shape)
+
+
+_Evaluate = Callable[[Any, Any], Any]
+
+
+def _compiled(node: ast.expr) -> _Evaluate:
+    match node:
+        case ast.Constant(value=bool() | complex() | str() | bytes() | None):
+            pass
+        case ast.Constant(value=int() | float() as value):
+            return _constant(value)
+        case ast.Name(id="s"):
+            return lambda s, xp: s
+        case ast.Name(id=name) if name in _CONSTANTS:
+            return _constant(_CONSTANTS[name])
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
+            return _applied(_OPERATORS[type(op)], operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _applied(_OPERATORS[type(op)], left, right)
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:
+            return _applied(_OPERATORS[type(op)], left, right)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if _FUNCTIONS.get(
+            name
+        ) == len(args):
+            parts = [_compiled(arg) for arg in args]
+            return lambda s, xp: getattr(xp, name)(*(part(s, xp) for part in parts))
+        case ast.IfExp(test=ast.Compare() as test, body=body, orelse=orelse):
+            condition, yes, no = map(_compiled, (test, body, orelse))
+            return lambda s, xp: xp.where(condition(s, xp), yes(s, xp), no(s, xp))
+    raise ValueError(f"{ast.unparse(node)!r} is not allowed in it")
+
+
+def _constant(value: float) -> _Evaluate:
+    if abs(value) > _LARGEST and not math.isinf(value):
+        raise ValueError(f"a number above {_LARGEST:g} is not allowed in it")
+    return lambda s, xp: xp.asarray(value, s.dtype)
+
+
+def _applied(operation: Callable[..., Any], *operands: ast.expr) -> _Evaluate:
+    parts = [_compiled(operand) for operand in operands]
+    return lambda s, xp: operation(*(part(s, xp) for part in parts))
