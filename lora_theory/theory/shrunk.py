@@ -31,7 +31,8 @@ __all__ = ["Outlier", "Shrunk", "shrunk_spectrum"]
 
 #: The share of eigenvalues beyond the grid, of a law without an upper end.
 _BEYOND = 1e-6
-#: Slopes at ends, and s beside a jump, are taken this part of the piece inside; pieces this near to each other are one.
+#: Slopes at ends, and s beside a jump, are taken this part of the piece inside; pieces this near to
+#: each other are one.
 _INSIDE, _TOUCHING = 1e-9, 1e-6
 #: A piece this narrow, in units of s, is one eigenvalue.
 _FLAT = 1e-9
@@ -159,7 +160,7 @@ def shrunk_spectrum(unknowns: Float[np.ndarray, " 3"], problem: Problem, points:
 def _inside(x: Grid) -> Grid:
     """The same without its ends."""
     edge = _INSIDE * (x[-1] - x[0])
-    return np.clip(x, x[0] + edge, x[-1] - edge)
+    return np.asarray(np.clip(x, x[0] + edge, x[-1] - edge))
 
 
 def _tail_moments(s: Grid, slope: Grid, about: Grid) -> Grid:

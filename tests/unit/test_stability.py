@@ -102,7 +102,7 @@ def test_double_integral_of_a_smooth_function_is_that_over_eigenvalues():
     law = Wishart(0.5)
     eigenvalues = np.linalg.eigvalsh(sampled(0.7, law, 400))
     even = np.full(400, 1 / 400)
-    x, weights = nodes_of(0.7, 0.0, law)
+    x, weights, _ = nodes_of(0.7, 0.0, law)
     on_law = squared_divergence(x, weights, np.sin(x), np.cos(x))
     over = squared_divergence(eigenvalues, even, np.sin(eigenvalues), np.cos(eigenvalues))
     assert on_law == pytest.approx(over, abs=0.01)
