@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import contraction
 import figure1
 import figure3
 import matplotlib as mpl
@@ -19,7 +20,7 @@ from figure_tools import FULL, QUICK
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (figure1, figure3, spectra, phases, published)
+    for module in (figure1, figure3, spectra, phases, contraction, published)
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 

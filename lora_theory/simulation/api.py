@@ -17,7 +17,7 @@ from lora_theory.simulation.run import Effort, run_seeds
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.simulation.storage import checked_path, save_weights
 
-__all__ = ["checked_effort", "simulate"]
+__all__ = ["PRETRAINED", "check_fresh", "checked_effort", "simulate"]
 
 DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
 #: Where the frozen weights come from.
@@ -112,7 +112,8 @@ def simulate(
     effort = checked_effort(
         starts, batch, pretrained, dtype, test_sequences, gradient_tolerance, max_iterations
     )
-    _check_sampled(problem, effort)
+    if effort.pretrained == "sampled":
+        check_fresh(problem)
     path = None if save is None else checked_path(save)
     target = _device(device)
 
@@ -174,9 +175,9 @@ def checked_effort(
     )
 
 
-def _check_sampled(problem: Problem, effort: Effort) -> None:
-    stage = problem.finetuning
-    if effort.pretrained == "sampled" and stage is not None and stage.sequences == "reused":
+def check_fresh(problem: Problem) -> None:
+    """Refuse to re-use sequences of a pre-training whose weights are sampled."""
+    if problem.finetuning is not None and problem.finetuning.sequences == "reused":
         raise ProblemError(
             'finetuning.sequences = "reused" is not allowed with pretrained = "sampled", which '
             'trains on no sequences: it must be "fresh"'

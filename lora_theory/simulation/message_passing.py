@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from lora_theory.observables import Estimate
 from lora_theory.problem import Problem, ProblemError
+from lora_theory.simulation.api import PRETRAINED, check_fresh
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.fields import Symmetric, Weights, centred_fields
 from lora_theory.simulation.finetuning import FinetuningData, finetuning_data, random_start
@@ -38,6 +39,7 @@ from lora_theory.simulation.passing import (
     pretraining_step,
 )
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
+from lora_theory.simulation.sampled import sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.theory.pretraining import Constants
 from lora_theory.theory.regularizers import WeightDecay
@@ -100,6 +102,7 @@ def message_passing(
     index: int = 0,
     stage: str = "both",
     start: str = "informed",
+    pretrained: str = "trained",
     iterations: int = 200,
     damping: float = 0.0,
     tolerance: float = 1e-9,
@@ -119,13 +122,15 @@ def message_passing(
         stage: "pretraining"; "finetuning", the frozen weights by the descent of ``simulate``; or
             "both", the frozen weights by message passing.
         start: LoRA starts at w*, "informed", or at the first "random" start of ``simulate``.
+        pretrained: "trained", or "sampled" as in ``simulate``, for ``stage`` "finetuning" on fresh
+            sequences: the frozen weights cost no training.
         iterations: at most so many per stage.
         damping: share of the last iterate in the next, at least 0 and below 1.
         tolerance: settled is where an iteration moves the weights by less, relative to their size.
 
     Raises:
         ProblemError: an argument is not allowed, ``stage`` is "finetuning" for a problem without,
-            or as :func:`lora_theory.simulate`.
+            ``pretrained`` is "sampled" for another stage, or as :func:`lora_theory.simulate`.
 
     Example:
         >>> from lora_theory import Pretraining
@@ -139,14 +144,27 @@ def message_passing(
     """
     if not isinstance(problem, Problem):
         raise ProblemError(f"problem = {problem!r} must be a Problem")
-    sizes = Sizes.of(problem, dim)
     seed, index = checked_integer("seed", seed, 0, 2**32 - 1), checked_integer("index", index, 0)
-    for name, value, allowed in (("stage", stage, _STAGES), ("start", start, _STARTS)):
+    choices_of = {"stage": (stage, _STAGES), "start": (start, _STARTS)}
+    choices_of["pretrained"] = pretrained, PRETRAINED
+    for name, (value, allowed) in choices_of.items():
         if value not in allowed:
             choices = " or ".join(f'"{choice}"' for choice in allowed)
             raise ProblemError(f"{name} = {value!r} is not allowed: it must be {choices}")
     if stage == "finetuning" and problem.finetuning is None:
-        raise ProblemError('stage = "finetuning" is not allowed: the problem has no finetuning')
+        raise ProblemError(
+            'stage = "finetuning" is not allowed for a problem without finetuning: give the problem '
+            'finetuning fields, or take stage = "pretraining"'
+        )
+    sampled = pretrained == "sampled"
+    if sampled and stage != "finetuning":
+        raise ProblemError(
+            f'stage = "{stage}" is not allowed with pretrained = "sampled", which trains no '
+            'weights: it must be "finetuning"'
+        )
+    if sampled:
+        check_fresh(problem)
+    sizes = Sizes.of(problem, dim, trained=not sampled)
     limits = _Limits(
         checked_integer("iterations", iterations, 1),
         _checked_share("damping", damping, ">= 0 and < 1"),
@@ -154,11 +172,16 @@ def message_passing(
     )
     with jax.enable_x64(True):
         key = run_key(seed, index)
-        data = pretraining_data(key, problem, sizes, np.float64)
         pretraining = finetuning = None
-        if stage == "finetuning":
-            weights = _descended(problem, data)
+        weights: Weights
+        if sampled:
+            data = teacher_alone(key, problem, sizes, np.float64)
+            _, weights = sampled_minimum(key, problem, sizes, data)
         else:
+            data = pretraining_data(key, problem, sizes, np.float64)
+        if stage == "finetuning" and not sampled:
+            weights = _descended(problem, data)
+        elif stage != "finetuning":
             pretraining = _pretrain(problem, sizes, data, limits, key)
             weights = Symmetric(jnp.asarray(pretraining.weights))
         if problem.finetuning is not None and stage != "pretraining":
