@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,9 @@ def compare(
         >>> comparison.agreements[0].observable, abs(comparison.agreements[0].z) < 6
         ('Q', True)
     """
-    several = [dims] if isinstance(dims, int | np.integer) else list(dims)
+    if not isinstance(problem, Problem):
+        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    several = _listed(dims)
     if not several or len(set(several)) != len(several):
         raise ProblemError(f"dims = {dims!r} is not allowed: it must be one or several different D")
     seeds = checked_integer("seeds", seeds, 2)
@@ -145,6 +147,11 @@ def compare(
         simulations=simulations,
         agreements=agreements(prediction, {s.dim: pd.DataFrame(s.runs) for s in simulations}),
     )
+
+
+def _listed(dims: Any) -> list[Any]:
+    """One or several D, not yet checked."""
+    return list(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else [dims]
 
 
 def agreements(prediction: Prediction, runs: Mapping[int, pd.DataFrame]) -> tuple[Agreement, ...]:

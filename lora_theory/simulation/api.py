@@ -14,10 +14,11 @@ from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.results import Simulation, summarise
 from lora_theory.simulation.run import Effort, run_seeds
+from lora_theory.simulation.sampled import check_sampled
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.simulation.storage import checked_path, save_weights
 
-__all__ = ["PRETRAINED", "check_fresh", "checked_effort", "simulate"]
+__all__ = ["PRETRAINED", "checked_effort", "simulate"]
 
 DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float64": np.float64}
 #: Where the frozen weights come from.
@@ -108,12 +109,12 @@ def simulate(
     sizes = Sizes.of(problem, dim, trained=pretrained != "sampled")
     seeds = checked_integer("seeds", seeds, 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
-    first = checked_integer("first", first, 0)
+    first = checked_integer("first", first, 0, 2**32 - seeds)
     effort = checked_effort(
         starts, batch, pretrained, dtype, test_sequences, gradient_tolerance, max_iterations
     )
     if effort.pretrained == "sampled":
-        check_fresh(problem)
+        check_sampled(problem)
     path = None if save is None else checked_path(save)
     target = _device(device)
 
@@ -173,15 +174,6 @@ def checked_effort(
         checked_integer("max_iterations", max_iterations, 1),
         pretrained,
     )
-
-
-def check_fresh(problem: Problem) -> None:
-    """Refuse to re-use sequences of a pre-training whose weights are sampled."""
-    if problem.finetuning is not None and problem.finetuning.sequences == "reused":
-        raise ProblemError(
-            'finetuning.sequences = "reused" is not allowed with pretrained = "sampled", which '
-            'trains on no sequences: it must be "fresh"'
-        )
 
 
 def _tolerance(value: Any, dtype: str) -> float:

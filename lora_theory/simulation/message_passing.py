@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from lora_theory.observables import Estimate
 from lora_theory.problem import Problem, ProblemError
-from lora_theory.simulation.api import PRETRAINED, check_fresh
+from lora_theory.simulation.api import PRETRAINED
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.fields import Symmetric, Weights, centred_fields
 from lora_theory.simulation.finetuning import FinetuningData, finetuning_data, random_start
@@ -39,7 +39,7 @@ from lora_theory.simulation.passing import (
     pretraining_step,
 )
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
-from lora_theory.simulation.sampled import sampled_minimum, teacher_alone
+from lora_theory.simulation.sampled import check_sampled, sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.theory.pretraining import Constants
 from lora_theory.theory.regularizers import WeightDecay
@@ -144,7 +144,10 @@ def message_passing(
     """
     if not isinstance(problem, Problem):
         raise ProblemError(f"problem = {problem!r} must be a Problem")
-    seed, index = checked_integer("seed", seed, 0, 2**32 - 1), checked_integer("index", index, 0)
+    seed, index = (
+        checked_integer("seed", seed, 0, 2**32 - 1),
+        checked_integer("index", index, 0, 2**32 - 1),
+    )
     choices_of = {"stage": (stage, _STAGES), "start": (start, _STARTS)}
     choices_of["pretrained"] = pretrained, PRETRAINED
     for name, (value, allowed) in choices_of.items():
@@ -153,7 +156,7 @@ def message_passing(
             raise ProblemError(f"{name} = {value!r} is not allowed: it must be {choices}")
     if stage == "finetuning" and problem.finetuning is None:
         raise ProblemError(
-            'stage = "finetuning" is not allowed for a problem without finetuning: give the problem '
+            'stage = "finetuning" is not allowed: the problem has no finetuning; give it '
             'finetuning fields, or take stage = "pretraining"'
         )
     sampled = pretrained == "sampled"
@@ -163,7 +166,7 @@ def message_passing(
             'weights: it must be "finetuning"'
         )
     if sampled:
-        check_fresh(problem)
+        check_sampled(problem)
     sizes = Sizes.of(problem, dim, trained=not sampled)
     limits = _Limits(
         checked_integer("iterations", iterations, 1),

@@ -18,11 +18,11 @@ from lora_theory.simulation.pretraining import PretrainingData
 from lora_theory.simulation.sizes import Sizes, checked_integer
 from lora_theory.simulation.teacher import draw_teacher
 from lora_theory.theory.nodes import Discretisation
-from lora_theory.theory.predict import solve_pretraining
+from lora_theory.theory.predict import check_tokens, solve_pretraining
 from lora_theory.theory.pretraining import Constants
 from lora_theory.theory.units import Units
 
-__all__ = ["sample_pretrained", "sampled_minimum", "teacher_alone"]
+__all__ = ["check_sampled", "sample_pretrained", "sampled_minimum", "teacher_alone"]
 
 
 def sample_pretrained(
@@ -58,12 +58,24 @@ def sample_pretrained(
     if not isinstance(problem, Problem):
         raise ProblemError(f"problem = {problem!r} must be a Problem")
     problem = problem.replace(finetuning=None)
+    check_sampled(problem)
     sizes = Sizes.of(problem, dim, trained=False)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
-    key = run_key(seed, checked_integer("index", index, 0))
+    key = run_key(seed, checked_integer("index", index, 0, 2**32 - 1))
     with jax.enable_x64(True):
         teacher = draw_teacher(key, problem, sizes, np.float64)
         return sampled_matrix(key, problem, sizes, teacher), as_matrix(teacher)
+
+
+def check_sampled(problem: Problem) -> None:
+    """Refuse what weights that come without training data, from the theory, cannot answer."""
+    if problem.finetuning is not None and problem.finetuning.sequences == "reused":
+        raise ProblemError(
+            'finetuning.sequences = "reused" is not allowed with pretrained = "sampled", which '
+            'trains on no sequences: it must be "fresh"'
+        )
+    if problem.activation == "softmax":
+        check_tokens(problem.tokens)
 
 
 def sampled_matrix(

@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
         memory = 48 * max(first, sizes.finetuning_sequences) * sizes.tokens * dim
         if memory > LARGEST_MEMORY:
             raise ProblemError(
-                f"dim = {dim} is too large for this problem: training would need about "
+                f"dim = {dim} is too large for this problem: the run would need about "
                 f"{memory / 2**30:.0f} GiB, and at most {LARGEST_MEMORY / 2**30:.0f} are allowed"
             )
         if finetuning is None or finetuning.sequences == "fresh":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import sympy as sp
 from numpy.typing import ArrayLike, NDArray
 from sympy.core.function import AppliedUndef
 
+from lora_theory.problem import ProblemError
 from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.wishart import inverse_transform, moment_forms, stieltjes_cubic
 
@@ -39,7 +41,7 @@ def compiled(
         moment: what stands for J, ∂_δJ and ∂_εJ, where they occur.
 
     Raises:
-        ValueError: a symbol or function of the expressions has no value.
+        ProblemError: a symbol or function of the expressions has no value.
 
     Example:
         >>> from lora_theory.symbolic import notation as n, pretraining_potential
@@ -56,7 +58,7 @@ def compiled(
     called = {str(entry.func) for entry in whole.atoms(AppliedUndef, n.Moment)}
     missing |= called - set(functions)
     if missing:
-        raise ValueError(f"{', '.join(sorted(missing))} must be an argument or be given")
+        raise ProblemError(f"{', '.join(sorted(missing))} must be an argument or be given")
     function: Numerical = sp.lambdify(list(arguments), list(whole), [functions, "numpy"], cse=True)
     return lambda *values: tuple(function(*values))
 
@@ -70,11 +72,18 @@ def wishart_moment(teacher_rank: float) -> SecondMoment:
     Args:
         teacher_rank: κ0 > 0.
 
+    Raises:
+        ProblemError: κ0 is not > 0, or the functions are asked for a δ that is not.
+
     Example:
         >>> moment = wishart_moment(0.5)
         >>> float(moment.value(0.5, -50.0).round(6))  # all of μ: moments only
         2572.460678
     """
+    if not 0 < teacher_rank < math.inf:
+        raise ProblemError(
+            f"teacher_rank = {teacher_rank!r} is not allowed: it must be > 0 and finite"
+        )
     known = {n.teacher_rank: sp.Float(teacher_rank, 17)}
     cubic = sp.lambdify([n.delta, n.point], [entry.subs(known) for entry in stieltjes_cubic()])
     slope = sp.lambdify([n.delta, n.transform], inverse_transform().diff(n.transform).subs(known))
@@ -93,6 +102,11 @@ def wishart_moment(teacher_rank: float) -> SecondMoment:
 
         def at(delta: ArrayLike, epsilon: ArrayLike) -> _Numbers:
             both = np.broadcast_arrays(np.asarray(delta, float), np.asarray(epsilon, float))
+            if not np.all((both[0] > 0) & np.isfinite(both[0]) & np.isfinite(both[1])):
+                raise ProblemError(
+                    f"delta = {delta!r} with epsilon = {epsilon!r} is not allowed: delta must be > "
+                    "0 and both finite; for delta → 0 see small_noise_moment"
+                )
             return np.asarray(evaluated(*both, transform(*both)))
 
         return at

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import sympy as sp
 
+from lora_theory.problem import ProblemError
 from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.forms import factored
 
-__all__ = ["PowerSeries", "implicit", "raised", "truncated"]
+__all__ = ["PowerSeries", "checked_order", "implicit", "raised", "truncated"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class PowerSeries:
         terms = sp.expand(polynomial)
         factors = [(power, factored(terms.coeff(small, power))) for power in range(order)]
         kept = [(exponent * power, factor) for power, factor in factors if factor != 0]
-        exponents, coefficients = zip(*kept, strict=True)
-        return cls(exponents, coefficients, exponent * order)
+        exponents, coefficients = ([pair[i] for pair in kept] for i in range(2))
+        return cls(tuple(exponents), tuple(coefficients), exponent * order)
 
     @property
     def expression(self) -> sp.Expr:
@@ -54,6 +57,14 @@ class PowerSeries:
         return " + ".join(terms).replace("+ -", "- ")
 
     __repr__ = __str__
+
+
+def checked_order(order: Any, largest: float = math.inf) -> None:
+    """Refuse the order of an expansion below 1, or beyond what is known."""
+    integer = isinstance(order, int) and not isinstance(order, bool)
+    if not integer or not 1 <= order <= largest:
+        allowed = "≥ 1" if largest == math.inf else f"from 1 to {largest}"
+        raise ProblemError(f"order = {order!r} is not allowed: it must be an integer {allowed}")
 
 
 def truncated(polynomial: sp.Expr, small: sp.Symbol, order: int) -> sp.Expr:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import sympy as sp
 
+from lora_theory.problem import ProblemError
 from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.linear import in_ratios, linear_potential
 from lora_theory.symbolic.potentials import pretraining_potential
-from lora_theory.symbolic.series import PowerSeries, raised, truncated
+from lora_theory.symbolic.series import PowerSeries, checked_order, raised, truncated
 
 __all__ = [
     "InterpolatingLimit",
@@ -27,7 +28,12 @@ _inverse_delta = sp.Symbol("inverse_delta", positive=True)
 
 def visible_directions(activation: str) -> sp.Expr:
     """c_T: T(T+1) for "linear"; two less for "softmax", blind to one constant on all logits."""
-    return n.tokens * (n.tokens + 1) - {"linear": 0, "softmax": 2}[activation]
+    unseen = {"linear": 0, "softmax": 2}
+    if activation not in unseen:
+        raise ProblemError(
+            f'activation = {activation!r} is not allowed: it must be "softmax" or "linear"'
+        )
+    return n.tokens * (n.tokens + 1) - unseen[activation]
 
 
 def fitting_average() -> sp.Expr:
@@ -106,6 +112,7 @@ def collapse_at_few_samples(order: int = 5) -> PowerSeries:
 
     With e = 1/δ the edge is at g = e/√(1 + e²/(1 − cg)²), and e = √(αT(T+1)/Q_y).
     """
+    checked_order(order)
     small, e = sp.Symbol("small", positive=True), _inverse_delta
     c, g = 1 / sp.sqrt(n.teacher_rank), e
     for _ in range(order):

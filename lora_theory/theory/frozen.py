@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,14 +50,14 @@ def measure_noise(
     """
     if (weights is None) == (matrix is None):
         raise ProblemError("exactly one of weights and matrix must be given")
-    if not (math.isfinite(label_noise) and label_noise >= 0):
+    if not isinstance(label_noise, numbers.Real) or not 0 <= float(label_noise) < math.inf:
         raise ProblemError(
             f"label_noise = {label_noise!r} is not allowed: it must be ≥ 0 and finite"
         )
     S0 = _symmetric("teacher", teacher, None)
     size = S0.shape[0]
     if weights is not None:
-        W = np.asarray(weights, dtype=np.float64)
+        W = _numbers("weights", weights)
         if W.ndim != 2 or W.shape[0] != size or W.shape[1] < 1 or not np.all(np.isfinite(W)):
             raise ProblemError(
                 f"weights of shape {W.shape} are not allowed: they must be finite, ({size}, P)"
@@ -65,14 +66,23 @@ def measure_noise(
     else:
         assert matrix is not None
         S = _symmetric("matrix", matrix, size)
-    Q, M, Q0 = (float(np.sum(A * B)) / size for A, B in ((S, S), (S, S0), (S0, S0)))
+    with np.errstate(over="ignore", under="ignore"):
+        Q, M, Q0 = (float(np.sum(A * B)) / size for A, B in ((S, S), (S, S0), (S0, S0)))
     if Q == 0:
-        raise ProblemError("the frozen weights are zero: gain and variance have no meaning")
+        raise ProblemError(
+            "the frozen weights are zero: gain and variance have no meaning; they must have "
+            "eigenvalues of order one"
+        )
     label_variance = Q0 + label_noise / 2
+    if not math.isfinite(label_variance + Q + M / Q * M):
+        raise ProblemError(
+            "teacher or frozen weights are too large or too small for their squares: they must "
+            "have eigenvalues of order one"
+        )
     delta = label_variance - 2 * M + Q
     return EffectiveNoise(
         gain=M / Q,
-        variance=label_variance - M**2 / Q,
+        variance=max(label_variance - M**2 / Q, 0.0),  # negative by rounding only
         Q=Q,
         delta_eff=delta if linear else None,
         delta_eff_training=delta if linear else None,
@@ -80,7 +90,7 @@ def measure_noise(
 
 
 def _symmetric(name: str, value: ArrayLike, size: int | None) -> NDArray[np.float64]:
-    array = np.asarray(value, dtype=np.float64)
+    array = _numbers(name, value)
     allowed = f"({size}, {size})" if size else "square"
     shape_fits = array.ndim == 2 and array.shape[0] == array.shape[1] and array.size > 0
     if not shape_fits or (size is not None and array.shape[0] != size):
@@ -90,3 +100,13 @@ def _symmetric(name: str, value: ArrayLike, size: int | None) -> NDArray[np.floa
     if not np.allclose(array, array.T, rtol=0, atol=1e-6 * max(1.0, float(np.abs(array).max()))):
         raise ProblemError(f"{name} is not symmetric: it must be")
     return array
+
+
+def _numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    try:
+        array = np.asarray(value)
+        if np.iscomplexobj(array):
+            raise ValueError
+        return array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ProblemError(f"{name} is no array of numbers: it must hold real numbers") from None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ from lora_theory.observables import to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.status import Status
 from lora_theory.theory.merged import MergedOutlier, merged_outlier
-from lora_theory.theory.nodes import Discretisation
-from lora_theory.theory.predict import predict, solve_pretraining
+from lora_theory.theory.nodes import Discretisation, checked_integer
+from lora_theory.theory.predict import check_problem, predict, solve_pretraining
 from lora_theory.theory.results import FinetuningPrediction
 from lora_theory.theory.roots import standard_error
 from lora_theory.theory.shrunk import Outlier, Shrunk, shrunk_spectrum
@@ -100,7 +99,7 @@ def spectrum(
         nodes, blocks, seed, tolerance: as in :func:`lora_theory.predict`.
 
     Raises:
-        ProblemError: an argument is not allowed.
+        ProblemError: an argument is not allowed, or ``dim`` is given without a second stage.
 
     Example:
         >>> from lora_theory.problem import Pretraining, Teacher
@@ -115,8 +114,15 @@ def spectrum(
         >>> outlier.eigenvalue > learned.bands[-1][1], 0 < outlier.squared_overlap < 1
         (True, True)
     """
-    points = _checked("points", points, _FEWEST_POINTS)
-    dim = None if dim is None else _checked("dim", dim, 1)
+    check_problem(problem)
+    points = checked_integer("points", points, _FEWEST_POINTS)
+    if dim is not None:
+        dim = checked_integer("dim", dim, 1)
+        if problem.finetuning is None:
+            raise ProblemError(
+                f"dim = {dim} is not allowed for a problem without finetuning, which has no LoRA "
+                "vector to merge: leave it out, or give the problem finetuning fields"
+            )
     alone = problem.replace(finetuning=None)
     prediction = predict(
         alone if dim is None else problem, nodes=nodes, blocks=blocks, seed=seed,
@@ -129,7 +135,7 @@ def spectrum(
     summaries = {name: [part.summary[name] for part in others] for name in found.summary}
     errors = {name: _largest_error(parts) for name, parts in summaries.items()}
     merged = None
-    if dim is not None and problem.finetuning is not None:
+    if dim is not None:
         assert prediction.finetuning is not None
         merged, errors["merged"] = _merged(problem, prediction.finetuning, dim, found, others)
     Q = prediction.pretraining.Q
@@ -183,10 +189,3 @@ def _largest_error(blocks: list[list[float]]) -> float:
     values = np.array(blocks)
     values = values[:, np.isfinite(values).all(axis=0)]
     return float(np.max(standard_error(values), initial=0.0))
-
-
-def _checked(name: str, value: Any, smallest: int) -> int:
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or value < smallest:
-        raise ProblemError(f"{name} = {value!r} is not allowed: it must be an integer ≥ {smallest}")
-    return int(value)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from scipy.stats import qmc
 
 from lora_theory.problem import ProblemError
 
-__all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
+__all__ = ["Discretisation", "checked_integer", "coarse_chunks", "gaussian_blocks"]
 
 #: Sobol points per block (each is used with its mirror image), by number of tokens.
 _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 2048}, 512
@@ -21,6 +22,23 @@ _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 2048}, 512
 _CHUNKS, _SMALLEST_CHUNK = {1: 1024, 2: 512, 3: 256}, 128
 #: Points on which a root is first looked for.
 _COARSE, _FEWEST_COARSE = {1: 256, 2: 256, 3: 256}, 128
+#: Of all blocks together, beyond which they do not fit into memory.
+_MOST_POINTS = 2**24
+
+
+def checked_integer(name: str, value: Any, smallest: int) -> int:
+    """``value`` as an int, or a :class:`ProblemError` that says what is allowed."""
+    if not _is_integer(value) or value < smallest:
+        raise ProblemError(f"{name} = {value!r} is not allowed: it must be an integer ≥ {smallest}")
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and 0 < float(value) < 1  # neither False nor True
 
 
 class Discretisation(NamedTuple):
@@ -34,13 +52,16 @@ class Discretisation(NamedTuple):
     @classmethod
     def checked(cls, nodes: int | None, blocks: int, seed: int, tolerance: float) -> Self:
         """The settings, or a :class:`ProblemError` that names the one that is not allowed."""
-        if nodes is not None and (nodes < 16 or nodes & (nodes - 1)):
+        if nodes is not None and (not _is_integer(nodes) or nodes < 16 or nodes & (nodes - 1)):
             raise ProblemError(f"nodes = {nodes!r} is not allowed: it must be a power of two ≥ 16")
-        if blocks < 2:
-            raise ProblemError(f"blocks = {blocks!r} is not allowed: it must be an integer ≥ 2")
-        if seed < 0:
-            raise ProblemError(f"seed = {seed!r} is not allowed: it must be an integer ≥ 0")
-        if not 0 < tolerance < 1:
+        blocks = checked_integer("blocks", blocks, 2)
+        if (nodes or 1) * blocks > _MOST_POINTS:
+            raise ProblemError(
+                f"nodes = {nodes!r} with blocks = {blocks} is not allowed: nodes·blocks must be at "
+                f"most {_MOST_POINTS}"
+            )
+        seed = checked_integer("seed", seed, 0)
+        if not _is_share(tolerance):
             raise ProblemError(f"tolerance = {tolerance!r} is not allowed: it must be in (0, 1)")
         return cls(nodes, blocks, seed, tolerance)
 

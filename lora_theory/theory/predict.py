@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ from lora_theory.theory.stability import pretraining_stability
 from lora_theory.theory.units import Units
 
 __all__ = [
+    "check_problem",
     "check_tokens",
     "finetune",
     "frozen_weights",
@@ -71,7 +73,7 @@ def predict(
         tolerance: largest relative residual that counts as converged.
 
     Raises:
-        ProblemError: there are more than 8 tokens, or a setting is not allowed.
+        ProblemError: ``problem`` is none or has more than 8 tokens, or a setting is not allowed.
 
     Example:
         >>> from lora_theory import Finetuning, Pretraining, Problem, predict
@@ -86,7 +88,7 @@ def predict(
         True
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
-    check_tokens(problem.tokens)
+    check_problem(problem)
     with jax.enable_x64(True):
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
@@ -141,6 +143,8 @@ def predict_many(
         >>> weak.pretraining.test_error > strong.pretraining.test_error
         True
     """
+    if isinstance(problems, Problem | str) or not isinstance(problems, Iterable):
+        raise ProblemError(f"problems = {problems!r} is not allowed: it must be several Problems")
     one = functools.partial(predict, nodes=nodes, blocks=blocks, seed=seed, tolerance=tolerance)
     return in_parallel(one, problems)
 
@@ -163,7 +167,8 @@ def finetune(
     user's own weights.
 
     Raises:
-        ProblemError: ``finetuning.sequences`` is "reused", or another argument is not allowed.
+        ProblemError: ``finetuning.sequences`` is "reused", ``finetuning.rescaling`` is not 1, the
+            labels have no variance, or another argument is not allowed.
 
     Example:
         >>> from lora_theory import EffectiveNoise, Finetuning, finetune
@@ -174,6 +179,8 @@ def finetune(
         ('informed', True)
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
+    if not isinstance(finetuning, Finetuning):
+        raise ProblemError(f"finetuning = {finetuning!r} must be a Finetuning")
     stand_in = Pretraining(samples=1.0, penalty=1.0)  # tokens and activation are checked by Problem
     Problem(
         tokens=tokens, activation=activation, teacher_rank=1.0, label_noise=0.0,
@@ -185,17 +192,45 @@ def finetune(
             f'finetuning.sequences = "{finetuning.sequences}" is not allowed without the '
             'pre-training that made the weights: it must be "fresh"'
         )
-    for name in ("gain", "variance", "Q"):
-        value = getattr(noise, name)
-        if not (math.isfinite(value) and (value >= 0 or name == "gain")):
-            raise ProblemError(
-                f"noise.{name} = {value!r} is not allowed: it must be finite and ≥ 0"
-            )
+    if finetuning.rescaling != 1:
+        raise ProblemError(
+            f"finetuning.rescaling = {finetuning.rescaling!r} is not allowed here, where noise is "
+            "that of the weights as they are used: it must be 1, with the weights rescaled before "
+            "their noise is measured"
+        )
+    _check_noise(noise)
     Q, M, V = (np.full(blocks, value) for value in (noise.Q, noise.M, 0.0))
     weights = FrozenWeights(Q, M, V, noise.label_variance)
     with jax.enable_x64(True):
         found, stability = solve_branches(finetuning, weights, tokens, activation, discretisation)
     return (_flagged(found[0], stability), *found[1:])
+
+
+def _check_noise(noise: EffectiveNoise) -> None:
+    if not isinstance(noise, EffectiveNoise):
+        raise ProblemError(f"noise = {noise!r} must be an EffectiveNoise")
+    for name, smallest in (("gain", -math.inf), ("variance", 0.0), ("Q", 0.0)):
+        value = getattr(noise, name)
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not (math.isfinite(value) and value >= smallest):
+            # weights that vanish have a gain of 0/0
+            if name == "gain" and noise.Q == 0 and number:
+                continue
+            allowed = "finite" if name == "gain" else "≥ 0 and finite"
+            raise ProblemError(f"noise.{name} = {value!r} is not allowed: it must be {allowed}")
+    if not 0 < noise.label_variance < math.inf:
+        raise ProblemError(
+            f"noise.variance = {noise.variance!r} with noise.gain = {noise.gain!r} and noise.Q = "
+            f"{noise.Q!r} is not allowed: variance + gain²·Q, the variance of the labels' fields, "
+            "must be > 0 and finite"
+        )
+
+
+def check_problem(problem: Problem) -> None:
+    """Refuse what is no problem, or one with too many tokens."""
+    if not isinstance(problem, Problem):
+        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_tokens(problem.tokens)
 
 
 def check_tokens(tokens: int) -> None:

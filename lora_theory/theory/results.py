@@ -88,7 +88,7 @@ class EffectiveNoise:
     @property
     def label_variance(self) -> float:
         """Q_y = variance + gain²Q, the variance of the label's fields z^y."""
-        return self.variance + (self.gain**2 * self.Q if self.Q > 0 else 0.0)
+        return self.variance + (self.gain * self.M if self.Q > 0 else 0.0)
 
     @property
     def M(self) -> float:
