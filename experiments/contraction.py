@@ -228,9 +228,9 @@ def _legend() -> list[Any]:
     dot = {"color": RED, "linestyle": "none"}
     return [
         Line2D([], [], color="black", label="theory: replicon ± error"),
-        Line2D([], [], color=BLUE, linestyle="--", lw=0.9, label="threshold"),
+        Line2D([], [], color=BLUE, linestyle="--", lw=0.9, label="threshold 1"),
         Line2D([], [], marker="o", **dot, label="measured, all runs settle"),
-        Line2D([], [], marker="o", mfc="white", **dot, label="the runs that settle"),
+        Line2D([], [], marker="o", mfc="white", **dot, label="measured, some settle"),
         Patch(facecolor=SHADE, label="theory: unstable"),
         Line2D([], [], marker="s", **dot, label="share of runs that settle"),
     ]
@@ -239,50 +239,54 @@ def _legend() -> list[Any]:
 def caption(table: pd.DataFrame) -> str:
     simulated = table[table["source"] == "simulation"]
     sizes = "; ".join(
-        f"{name}, D = {part['dim'].iloc[0]:.0f}, {part['seeds'].iloc[0]:.0f} seeds"
-        for name, part in simulated.groupby("column", sort=False)
+        f"{column.name}, D = {part['dim'].iloc[0]:.0f}, {part['seeds'].iloc[0]:.0f} seeds"
+        for column in COLUMNS
+        for part in [simulated[simulated["column"] == column.name]]
     )
     scores = " ".join(_score(column, table[table["column"] == column.name]) for column in COLUMNS)
     return (
         "**Contraction.** Message passing at finite D. Top: squared growth per iteration of a "
         "random perturbation of the weights; bottom: share of the runs that settle, a relative "
         f"step below 1e-9 within {ITERATIONS} undamped iterations. Lines: replicon of the theory "
-        "± quadrature error, blind to jumps. Circles: runs that settled, mean ± standard error; "
-        "open where some runs did not settle, none where no run did. Squares: Wilson's interval of "
+        "± quadrature error, blind to jumps; for softmax its variance is infinite near cusps of "
+        "the proximal operator. Circles: runs that settled, mean ± standard error; open where some "
+        "did not, which selects, none where no run did. Squares: Wilson's interval of "
         "one standard error. Grey: the theory is unstable, by a replicon ≥ 1 or by jumps of the "
         "proximal operator, of a mass above 1 % and four errors. T = 2, κ0 = 0.5, κ = 1. "
         "Pre-training: linear, Δ = 0.5, α = 0.2, a convex problem; softmax, Δ = 3, α = 0.35. LoRA: "
         "Δ = 0.5, α = 0.2, λ = 0.02, fresh sequences, λ' = 0.1 (linear) or 0.5 (softmax), from w*, "
-        f"on frozen weights drawn from their asymptotic law. Sizes: {sizes}. {scores}"
+        f"on frozen weights drawn from their asymptotic law. Sizes: {sizes}. {scores} "
+        "Growth at finite D has an offset of order 1/D."
     )
 
 
 def _score(column: Column, part: pd.DataFrame) -> str:
-    """Distance of measured growth and replicon, and how many runs settle where."""
+    """How many runs settle where, and the distance of measured growth and replicon there."""
     growth = part[part["observable"] == "growth"]
     curve = growth[growth["source"] == "theory"].sort_values("at")
-    points = growth[(growth["source"] == "simulation") & (growth["settled"] == growth["seeds"])]
+    shares = part[part["observable"] == "share_settled"]
+    stable = _stable_at(curve, shares["at"].to_numpy(float))
+    text = f"{column.name[0].upper()}{column.name[1:]}: "
+    if not stable.all():
+        text += f"{_counts(shares[~stable])} settle where the theory is unstable, "
+    text += f"{_counts(shares[stable])} settle where it is stable"
+    points = growth[growth["source"] == "simulation"]
+    points = points[_stable_at(curve, points["at"].to_numpy(float))]
     x = np.log(curve["at"].to_numpy(float))
     line, spread = (
         np.interp(np.log(points["at"].to_numpy(float)), x, curve[name].to_numpy(float))
         for name in ("value", "error")
     )
-    gap = points["value"].to_numpy(float) - line
-    apart = np.abs(gap) / np.hypot(points["error"].to_numpy(float), spread)
-    shares = part[part["observable"] == "share_settled"]
-    stable = _stable_at(curve, shares["at"].to_numpy(float))
-    counts = []
-    for name, chosen in (("stable", shares[stable]), ("unstable", shares[~stable])):
-        if len(chosen):
-            of = f"{chosen['settled'].sum():.0f} of {chosen['seeds'].sum():.0f}"
-            counts.append(f"{of} runs settle where the theory is {name}")
-    text = f"{column.name[0].upper()}{column.name[1:]}: {', '.join(counts)}"
-    if len(points):
-        text += (
-            f"; where all do, growth and replicon differ by at most {np.abs(gap).max():.3f} and "
-            f"{apart.max():.1f} standard errors"
-        )
-    return text + "."
+    gap = np.abs(points["value"].to_numpy(float) - line)
+    apart = gap / np.hypot(points["error"].to_numpy(float), spread)
+    return (
+        f"{text}, with growth and replicon at most {gap[apart.argmax()]:.3f}, "
+        f"{apart.max():.1f} standard errors, apart."
+    )
+
+
+def _counts(shares: pd.DataFrame) -> str:
+    return f"{shares['settled'].sum():.0f} of {shares['seeds'].sum():.0f} runs"
 
 
 def _stable_at(curve: pd.DataFrame, at: np.ndarray) -> np.ndarray:

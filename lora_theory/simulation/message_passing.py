@@ -112,8 +112,8 @@ def message_passing(
     Pre-training: ω = z(S) − V g, g = (Prox_V(ω) − ω)/V, S = f(V̂S + (2/D)Σ g_ab Φ_ab)/V̂.  LoRA:
     ω = Xw/√D − v g, g = (prox(ω) − ω)/v, w = v(Λw + Xᵀg/√D).  The responses V, V̂, v, Λ are those of
     docs/theory.md, section 6.  Where the solution is stable (replicon below 1, no jumps) it settles
-    at the minimum of the training loss.  The proximal operators are global minima; in LoRA with
-    softmax the search for them also starts at ±χ*.
+    at the minimum of the training loss; below interpolation this may take damping.  The proximal
+    operators are global minima; in LoRA with softmax the search for them also starts at ±χ*.
 
     Args:
         problem: the question.

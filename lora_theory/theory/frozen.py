@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,7 +51,7 @@ def measure_noise(
     """
     if (weights is None) == (matrix is None):
         raise ProblemError("exactly one of weights and matrix must be given")
-    if not isinstance(label_noise, numbers.Real) or not 0 <= float(label_noise) < math.inf:
+    if not _is_noise(label_noise):
         raise ProblemError(
             f"label_noise = {label_noise!r} is not allowed: it must be ≥ 0 and finite"
         )
@@ -110,3 +111,7 @@ def _numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
         return array.astype(np.float64)
     except (TypeError, ValueError):
         raise ProblemError(f"{name} is no array of numbers: it must hold real numbers") from None
+
+
+def _is_noise(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and 0 <= float(value) < math.inf

@@ -87,6 +87,21 @@ def test_weights_may_be_frozen_by_the_descent():
     assert relative(by_descent.finetuning.weights, both) < 1e-5
 
 
+def test_weights_may_be_sampled(tmp_path):
+    """The minimum of the descent on the same sampled weights."""
+    asked, path = problem(sequences="fresh", penalty_on_vector=0.5), tmp_path / "weights.npz"
+    how = {"starts": 0, "test_sequences": 2, "gradient_tolerance": 1e-8, "pretrained": "sampled"}
+    simulate(asked, 60, 1, save=path, **how)
+    with np.load(path) as arrays:
+        w = arrays["w"][0]
+    found = passing(asked, 60, stage="finetuning", pretrained="sampled")
+    assert found.pretraining is None
+    assert found.finetuning.settled
+    assert relative(found.finetuning.weights, w) < 1e-5
+    # control: trained weights leave other fields
+    assert relative(passing(asked, 60).finetuning.weights, w) > 0.01
+
+
 def test_start_and_damping_do_not_move_a_stable_fixed_point():
     informed = passing(problem(), 60).finetuning
     random = passing(problem(), 60, start="random", damping=0.3).finetuning
@@ -265,6 +280,7 @@ def test_it_does_not_settle_where_the_operator_jumps():
         ({"dim": 2}, "dim = 2 is not allowed"),
         ({"stage": "all"}, "stage = 'all' is not allowed: it must be \"both\""),
         ({"start": "zero"}, "start = 'zero' is not allowed"),
+        ({"pretrained": "guessed"}, "pretrained = 'guessed' is not allowed: it must be"),
         ({"iterations": 0}, "iterations = 0 is not allowed"),
         ({"damping": 1.0}, "damping = 1.0 is not allowed: it must be >= 0 and < 1"),
         ({"damping": "some"}, "damping = 'some' is not allowed"),
