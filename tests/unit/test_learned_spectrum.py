@@ -184,7 +184,6 @@ def test_merged_outlier_of_a_problem():
     assert at_threshold.eigenvalue is None
     assert at_threshold.smallest_dim == pytest.approx(found.smallest_dim)
     assert spectrum(BASE).merged is None
-    assert spectrum(BASE.replace(finetuning=None), dim=100).merged is None
 
 
 def test_nothing_learnt_is_all_at_zero():
