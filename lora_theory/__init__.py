@@ -3,7 +3,13 @@
 from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError, Teacher
-from lora_theory.simulation import Simulation, sample_pretrained, simulate
+from lora_theory.simulation import (
+    RandomStartThreshold,
+    Simulation,
+    random_start_threshold,
+    sample_pretrained,
+    simulate,
+)
 from lora_theory.status import Status
 from lora_theory.sweeps import load, sweep
 from lora_theory.theory import (
@@ -29,6 +35,7 @@ __all__ = [
     "Pretraining",
     "Problem",
     "ProblemError",
+    "RandomStartThreshold",
     "Simulation",
     "Status",
     "Teacher",
@@ -39,6 +46,7 @@ __all__ = [
     "measure_noise",
     "predict",
     "predict_many",
+    "random_start_threshold",
     "sample_pretrained",
     "simulate",
     "spectrum",

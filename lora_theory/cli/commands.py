@@ -286,7 +286,17 @@ COMMANDS = {
         Command(
             "thresholds",
             "Find where training data are fitted exactly, and where the branches of LoRA change.",
-            _THEORY[:3],
+            (
+                Setting(
+                    "dim",
+                    "embedding dimension D at which descents from random starts are simulated",
+                    "an integer ≥ 16",
+                    "integer",
+                    "D",
+                ),
+                Setting("seeds", "of them, runs per α'", "an integer ≥ 2", "integer", "N"),
+                *_THEORY[:3],
+            ),
             _thresholds,
         ),
         Command(

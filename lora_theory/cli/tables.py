@@ -59,14 +59,17 @@ def prediction_table(prediction: Prediction) -> str:
 
 
 def thresholds_table(found: Thresholds) -> str:
-    """Each threshold with its error and what it is a value of."""
+    """Each threshold with its error and what it is a value of; why the others are none."""
     fields = {"interpolation": "pretraining.samples", "ridgeless_Q": "Q", "ridgeless_M": "M"}
     rows: list[Sequence[str]] = [("threshold", "of", "value")]
     for name, error in found.errors.items():
         value = getattr(found, name)
         shown = "none" if value is None else _with_error(value, error)
         rows.append((name, fields.get(name, "finetuning.samples"), shown))
-    return "\n".join([*_wrapped("problem", _fields(found.problem)), "", *aligned(rows)])
+    lines = [*_wrapped("problem", _fields(found.problem)), "", *aligned(rows)]
+    for name, reason in found.reasons.items():
+        lines += textwrap.wrap(f"{name}: {reason}", 100, subsequent_indent="  ")
+    return "\n".join(lines)
 
 
 def spectrum_table(learned: LearnedSpectrum) -> str:

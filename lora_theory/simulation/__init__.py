@@ -2,6 +2,7 @@
 
 from lora_theory.simulation.api import simulate
 from lora_theory.simulation.losses import loss_on_attention, loss_on_outputs
+from lora_theory.simulation.random_start import RandomStartThreshold, random_start_threshold
 from lora_theory.simulation.results import (
     EffectiveNoiseRuns,
     FinetuningRuns,
@@ -14,9 +15,11 @@ __all__ = [
     "EffectiveNoiseRuns",
     "FinetuningRuns",
     "PretrainingRuns",
+    "RandomStartThreshold",
     "Simulation",
     "loss_on_attention",
     "loss_on_outputs",
+    "random_start_threshold",
     "sample_pretrained",
     "simulate",
 ]

@@ -30,7 +30,7 @@ from lora_theory.theory.roots import (
 )
 from lora_theory.theory.stability import finetuning_stability
 
-__all__ = ["FinetuningNodes", "FrozenWeights", "signal_growth", "solve_branches"]
+__all__ = ["FinetuningNodes", "FrozenWeights", "growth_by_block", "solve_branches"]
 
 # log s at q0 = 1 among which a root is looked for where it repels the damped iteration
 _SCAN = np.arange(-10.0, 2.5, 0.5)
@@ -153,7 +153,7 @@ def solve_branches(
         for name, root in found.items():
             if name != "informed":
                 averages = nodes.averages(_HELD[name], few=True)
-                growth[name] = signal_growth(averages, root.unknowns)
+                growth[name] = float(growth_by_block(averages, root.unknowns).mean())
         return growth
 
     found: dict[str, Root] = {}
@@ -187,13 +187,14 @@ def solve_branches(
     return ordered, finetuning_stability(averages, best, nodes.task)
 
 
-def signal_growth(averages: Averages, unknowns: Float[np.ndarray, " 3"]) -> float:
+def growth_by_block(
+    averages: Averages, unknowns: Float[np.ndarray, " 3"]
+) -> Float[np.ndarray, " R"]:
     """That of a small m at a root without one (docs/theory.md, (3.5))."""
     equations = averages.equations
     assert isinstance(equations, lora.LinearFinetuning | lora.SoftmaxFinetuning)
     averages.at(unknowns, search=True)
-    rows = averages.of(functools.partial(equations.signal_growth, unknowns))
-    return float(rows.mean())
+    return averages.of(functools.partial(equations.signal_growth, unknowns))[:, 0]
 
 
 class FinetuningNodes:

@@ -1,13 +1,13 @@
-"""Thresholds of a problem: interpolation, and where the branches of LoRA begin, win and end."""
+"""Thresholds of a problem: interpolation, the branches of LoRA, and what descent finds of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,41 +16,36 @@ from jaxtyping import Array
 from scipy.optimize import brentq
 
 from lora_theory.observables import to_plain
-from lora_theory.problem import Finetuning, Problem
-from lora_theory.theory import finetuning as lora
-from lora_theory.theory.averages import Averages
-from lora_theory.theory.branches import FinetuningNodes, signal_growth
+from lora_theory.problem import Problem, ProblemError
+from lora_theory.theory.coexistence import NAMES, Coexistence, coexistence
 from lora_theory.theory.compilation import quickly_compiled
-from lora_theory.theory.continuation import Curve, Point, follow
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import Discretisation
-from lora_theory.theory.predict import check_tokens, frozen_weights, solve_pretraining
+from lora_theory.theory.predict import check_tokens
 from lora_theory.theory.pretraining import Constants
 from lora_theory.theory.regularizers import Frobenius, NarrowFactor, NuclearNorm, WeightDecay
-from lora_theory.theory.roots import Root, refine, solve, standard_error
+from lora_theory.theory.roots import standard_error
 from lora_theory.theory.units import Units
 
 __all__ = ["Thresholds", "thresholds"]
 
-#: Numbers of samples α' among which thresholds of LoRA are looked for, over the first one tried.
-_RANGE, _STEP = 64.0, 1.25
-#: Overlaps below which an informed branch is taken to have merged with the uninformed one.
-_MERGED = 0.1
-#: log α' between the end of a curve that could not be followed further and an instability.
-_NEARLY = 0.15
-#: Errors by which a difference of potentials is one.
-_CLEARLY = 3
 _SMALLEST_DELTA, _LARGEST_DELTA = 1e-3, 1e3
-_START_S, _START_V = 0.5, 0.05
+#: Of a value without nodes.
+_TOLERANCE = 1e-9
+_PRETRAINING = ("interpolation", "ridgeless_Q", "ridgeless_M")
+_NO_FINETUNING = "there is no fine-tuning: give finetuning.samples and finetuning.penalty"
+_OTHER_SEED = 7919
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
     """Where the solution of a problem changes its nature; None where there is no such value.
 
-    ``interpolation`` is a value of pretraining.samples, the last three of finetuning.samples, all
-    other fields held.  ``errors`` has the same keys: half the difference between two independent
-    sets of nodes, or the tolerance of a value without nodes.
+    ``interpolation`` is a value of pretraining.samples, those after ``ridgeless_M`` are of
+    finetuning.samples, all other fields held.  ``errors`` has the same keys: the spread of two
+    independent sets of nodes or their own quadrature error, whichever is larger; the tolerance of a
+    value without nodes; the standard error of a fit to simulated runs.  ``reasons`` says of every
+    value that is None which condition fails, and what to change.
     """
 
     problem: Problem
@@ -58,9 +53,12 @@ class Thresholds:
     ridgeless_Q: float | None  #: Q for λ → 0⁺, if pretraining.samples is below ``interpolation``
     ridgeless_M: float | None  #: M there
     informed_appears: float | None  #: α' from which the informed branch exists
+    informed_stable: float | None  #: α' from which it is stable, as in ``prediction.stability``
     informed_minimises: float | None  #: α' from which its potential is the lower one
     uninformed_unstable: float | None  #: α' from which m = 0 is unstable to a small m
+    random_start: float | None  #: α' from which half of the descents find the informed minimum
     errors: dict[str, float | None]
+    reasons: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
@@ -69,18 +67,35 @@ class Thresholds:
         return plain
 
 
+class _Found(NamedTuple):
+    """Values with their errors, and the reasons of those that are None."""
+
+    values: dict[str, tuple[float, float]]
+    reasons: dict[str, str]
+
+
 def thresholds(
-    problem: Problem, *, nodes: int | None = None, blocks: int = 8, seed: int = 0
+    problem: Problem,
+    *,
+    dim: int | None = None,
+    seeds: int | None = None,
+    nodes: int | None = None,
+    blocks: int = 8,
+    seed: int = 0,
 ) -> Thresholds:
     """Interpolation threshold, ridgeless limit, and the thresholds in α' of the branches of LoRA.
 
     Interpolation: α = ∂_δJ/(2δc_T) at ε = 0 with Q0 + Δ/2 = J − (δ/2)∂_δJ; below it Q and M for
-    λ → 0⁺ (docs/theory.md, section 2.5).  LoRA: the informed branch is followed down in α' to its
-    fold or until it merges; (α'v/q)E ωᵀ(χ*χ*ᵀ/q0 − I)G = 1 where m = 0 loses its stability
-    (docs/theory.md, section 3).
+    λ → 0⁺ (docs/theory.md, section 2.5).  LoRA: the informed branch is followed from strong to weak
+    overlap, to its fold or until it merges; (α'v/q)E ωᵀ(χ*χ*ᵀ/q0 − I)G = 1 where m = 0 loses its
+    stability (docs/theory.md, sections 3.3 and 5).  Below ``informed_stable`` replica symmetry is
+    broken, and the branch an approximation.
 
     Args:
-        problem: without finetuning the last three are None.
+        problem: without finetuning its thresholds are None.
+        dim, seeds: embedding dimension and runs per α' of
+            :func:`lora_theory.random_start_threshold`, which measures ``random_start``; without
+            both it is None.
         nodes, blocks, seed: as in :func:`lora_theory.predict`.
 
     Raises:
@@ -94,45 +109,105 @@ def thresholds(
         ... ))
         >>> round(found.interpolation, 5), round(found.ridgeless_Q, 3), found.informed_appears
         (0.15348, 1.465, None)
+        >>> found.reasons["informed_appears"]
+        'there is no fine-tuning: give finetuning.samples and finetuning.penalty'
     """
     check_tokens(problem.tokens)
+    if (dim is None) != (seeds is None):
+        given, missing = ("dim", "seeds") if seeds is None else ("seeds", "dim")
+        raise ProblemError(
+            f"{missing} = None is not allowed with {given} = {dim or seeds!r}: give both or neither"
+        )
     several = [
         Discretisation.checked(nodes, blocks, one, 1e-10) for one in (seed, seed + _OTHER_SEED)
     ]
     with jax.enable_x64(True):
-        found: dict[str, float | None] = {"interpolation": None}
-        found |= dict.fromkeys(("ridgeless_Q", "ridgeless_M"))
-        found |= _interpolation(problem)
-        errors = {name: None if value is None else 1e-9 for name, value in found.items()}
-        pairs = [_finetuning(problem, one) for one in several] if problem.finetuning else [{}, {}]
-    for name in ("informed_appears", "informed_minimises", "uninformed_unstable"):
-        both = [pair.get(name) for pair in pairs]
-        seen = [value for value in both if value is not None]
-        found[name] = float(np.mean(seen)) if len(seen) == 2 else None
-        errors[name] = abs(seen[0] - seen[1]) / 2 if len(seen) == 2 else None
-    return Thresholds(problem=problem, errors=errors, **found)
+        parts = [_interpolation(problem), _finetuning(problem, several)]
+    parts.append(_random_start(problem, dim, seeds, seed))
+    values = {name: both for part in parts for name, both in part.values.items()}
+    reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
+    names = [*_PRETRAINING, *NAMES, "random_start"]
+    found = {name: values[name][0] if name in values else None for name in names}
+    errors = {name: values[name][1] if name in values else None for name in names}
+    return Thresholds(problem=problem, errors=errors, reasons=reasons, **found)
 
 
-_OTHER_SEED = 7919
+def _finetuning(problem: Problem, several: Sequence[Discretisation]) -> _Found:
+    """The mean of independent sets of nodes; a reason where one of them finds no value."""
+    if problem.finetuning is None:
+        return _Found({}, dict.fromkeys(NAMES, _NO_FINETUNING))
+    sets: list[Coexistence] = [coexistence(problem, one) for one in several]
+    found = _Found({}, {})
+    for name in NAMES:
+        parts = [one[name] for one in sets]
+        known = [(p.value, p.error or 0.0) for p in parts if p.value is not None]
+        if len(known) == len(parts):
+            values, errors = np.array(known).T
+            own = math.hypot(*errors) / len(parts)
+            found.values[name] = float(values.mean()), max(float(standard_error(values)), own)
+        else:
+            found.reasons[name] = next(part.reason for part in parts if part.value is None)
+    return found
+
+
+def _random_start(problem: Problem, dim: int | None, seeds: int | None, seed: int) -> _Found:
+    if problem.finetuning is None:
+        return _Found({}, {"random_start": _NO_FINETUNING})
+    if dim is None or seeds is None:
+        return _Found({}, {"random_start": "give dim and seeds to measure it"})
+    from lora_theory.simulation.random_start import random_start_threshold
+
+    measured = random_start_threshold(problem, dim=dim, seeds=seeds, seed=seed)
+    if measured.value is None or measured.error is None:
+        return _Found({}, {"random_start": measured.reason})
+    return _Found({"random_start": (measured.value, measured.error)}, {})
 
 
 # -- pre-training ------------------------------------------------------------------------------
 
 
-def _interpolation(problem: Problem) -> dict[str, float | None]:
+def _interpolation(problem: Problem) -> _Found:
     visible = 2 * field_count(problem.tokens, problem.activation)  # c_T
     constants, share = Constants.of(problem), problem.pretraining.samples * visible
     label_variance = float(constants.law.moments()[1]) + problem.label_noise / 2
-    limit = _threshold(constants, label_variance)
+    exact = problem.label_noise == 0 and _is_within_reach(constants)
+    limit = math.inf if exact else _threshold(constants, label_variance)
     if limit is None:
-        return {}
-    found: dict[str, float | None] = {"interpolation": limit / visible}
+        why = (
+            f"no pretraining.samples was found to which pretraining.rank = "
+            f"{problem.pretraining.rank:g} can fit the data: raise it"
+        )
+        return _Found({}, dict.fromkeys(_PRETRAINING, why))
+    values, reasons = {"interpolation": (limit / visible, _TOLERANCE)}, dict[str, str]()
+    if exact:
+        values, reasons["interpolation"] = {}, (
+            "label_noise = 0: the training error vanishes with the penalty at all "
+            "pretraining.samples, for the student can equal its teacher; give label_noise > 0"
+        )  # fmt: skip
     solution = _ridgeless(constants, share, label_variance) if share < limit else None
-    if solution is not None:
-        units = Units.of(problem)
-        scale = units.teacher / units.student
-        found |= {"ridgeless_Q": scale**2 * solution[0], "ridgeless_M": scale * solution[1]}
-    return found
+    if solution is None:
+        why = "the equations of the limit λ → 0⁺ were not solved: change pretraining.samples"
+        if share >= limit:
+            why = (
+                f"pretraining.samples = {problem.pretraining.samples:g} is not below the "
+                f"interpolation threshold {limit / visible:.4g}: lower it"
+            )
+        elif exact:
+            why = "label_noise = 0, and samples enough for λ → 0⁺ to recover the teacher itself"
+        return _Found(values, reasons | dict.fromkeys(_PRETRAINING[1:], why))
+    units = Units.of(problem)
+    scale = units.teacher / units.student
+    values["ridgeless_Q"] = scale**2 * solution[0], _TOLERANCE
+    values["ridgeless_M"] = scale * solution[1], _TOLERANCE
+    return _Found(values, reasons)
+
+
+def _is_within_reach(constants: Constants) -> bool:
+    """Whether the form of the student, penalty apart, allows S = S0."""
+    if isinstance(constants.regularizer, Frobenius | NuclearNorm):
+        return True
+    Q0 = float(constants.law.moments()[1])
+    return _moments(_SMALLEST_DELTA, 0.0, constants)[0] > (1 - 10 * _SMALLEST_DELTA**2) * Q0
 
 
 def _threshold(constants: Constants, label_variance: float) -> float | None:
@@ -215,133 +290,3 @@ def _crossing(function: Callable[[float], float], low: float, high: float) -> fl
     if not all(map(math.isfinite, ends)) or ends[0] * ends[1] > 0:
         return None
     return float(brentq(function, low, high, xtol=1e-13, rtol=1e-13))
-
-
-# -- LoRA --------------------------------------------------------------------------------------
-
-
-class _Branches:
-    """The branches of LoRA at any number of samples, on one set of nodes."""
-
-    def __init__(self, problem: Problem, discretisation: Discretisation) -> None:
-        alone = problem.replace(finetuning=None)
-        assert problem.finetuning is not None
-        root = solve_pretraining(alone, discretisation)
-        self.stage: Finetuning = Units.of(problem).stage(problem.finetuning)
-        self._nodes = FinetuningNodes(
-            self.stage, frozen_weights(problem, root), problem.tokens, problem.activation,
-            discretisation,
-        )  # fmt: skip
-        self._tolerance = discretisation.tolerance
-        self._uninformed: dict[float, Root] = {}
-
-    def family(self, samples: float, like: Averages | None) -> Averages:
-        """The equations of the informed branch."""
-        averages = self.averages(samples, lora.INFORMED)
-        return averages if like is None else averages.like(like)
-
-    def averages(self, samples: float, held: tuple[bool, bool]) -> Averages:
-        """The equations of a branch."""
-        return self._nodes.under(dataclasses.replace(self.stage, samples=samples)).averages(held)
-
-    def informed(self, samples: float) -> Root:
-        """The informed root, wherever it leads: its overlap may be 0."""
-        return self._solved(self.averages(samples, lora.INFORMED), 0.1, 0.9)
-
-    def uninformed(self, samples: float) -> Root:
-        """The root with m = 0, or with w = 0."""
-        if samples not in self._uninformed:
-            root = self._solved(self.averages(samples, lora.UNINFORMED), _START_S, 0.0)
-            if root.unknowns[0] < math.log(1e-3 * math.sqrt(self.stage.signal)):
-                averages = self.averages(samples, lora.ZERO)
-                start = np.array([lora.ZERO_SPREAD, 0.0, root.unknowns[2]])
-                root = refine(averages, start, tolerance=self._tolerance)
-            self._uninformed[samples] = root
-        return self._uninformed[samples]
-
-    def _solved(self, averages: Averages, s: float, m: float) -> Root:
-        start = [math.log(s * math.sqrt(self.stage.signal)), m, math.log(_START_V)]
-        return solve(
-            averages, np.array(start), tolerance=self._tolerance,
-            coarse=self._nodes.coarse, relaxation=lora.relaxation, thorough=False,
-        )  # fmt: skip
-
-    def growth(self, samples: float) -> float:
-        """That of a small m at the root with m = 0, less 1."""
-        averages = self.averages(samples, lora.UNINFORMED)
-        return signal_growth(averages, self.uninformed(samples).unknowns) - 1
-
-    def advantage(self, point: Point) -> tuple[float, float]:
-        """φ of the uninformed branch less that of an informed root, and its standard error.
-
-        The potentials are stationary: those of the blocks are taken at the roots of the mean.
-        """
-        column = lora.OBSERVABLES.index("potential")
-        averages = self.averages(point.field, lora.UNINFORMED)
-        rows = averages.at(self.uninformed(point.field).unknowns, search=True).observables
-        gain = rows[:, column] - point.observables[:, column]
-        return float(gain.mean()), float(standard_error(gain))
-
-
-def _finetuning(problem: Problem, discretisation: Discretisation) -> dict[str, float | None]:
-    branches = _Branches(problem, discretisation)
-    overlap = lora.OBSERVABLES.index("overlap")
-    first = branches.stage.samples
-
-    def merged(point: Point) -> bool:
-        return float(point.observables[:, overlap].mean()) < _MERGED
-
-    found: dict[str, float | None] = {"uninformed_unstable": _instability(branches, first)}
-    samples = first
-    while True:
-        root = branches.informed(samples)
-        if root.is_good(1e-6) and root.observables[overlap] > 2 * _MERGED:
-            break
-        samples *= 2
-        if samples > _RANGE * first:
-            return found
-    curve = follow(
-        branches.family, samples, root.unknowns,
-        towards=samples / 2, within=(samples / _RANGE**2, samples * 1.01),
-        tolerance=1e-8, stop=merged,
-    )  # fmt: skip
-    folds, unstable = curve.folds(), found["uninformed_unstable"]
-    if folds:
-        found["informed_appears"] = folds[0]
-    elif unstable is not None and abs(math.log(curve.points[-1].field / unstable)) < _NEARLY:
-        found["informed_appears"] = unstable  # continuously: m vanishes where m = 0 turns unstable
-    found["informed_minimises"] = _exchange(branches, curve, found.get("informed_appears"))
-    return found
-
-
-def _instability(branches: _Branches, first: float) -> float | None:
-    """α' where the growth of a small m crosses 1, nearest to the first value."""
-    at_first = branches.growth(first)
-    samples, step = first, _STEP if at_first < 0 else 1 / _STEP
-    while first / _RANGE < samples < first * _RANGE:
-        last, samples = samples, samples * step
-        if branches.growth(samples) * at_first <= 0:
-            low, high = sorted((last, samples))
-            root = brentq(
-                lambda log: branches.growth(math.exp(log)),
-                math.log(low), math.log(high), xtol=1e-4,
-            )  # fmt: skip
-            return math.exp(root)
-    return None
-
-
-def _exchange(branches: _Branches, curve: Curve, appears: float | None) -> float | None:
-    """α' where the potentials of both branches are equal, on the curve down to its fold."""
-    last: tuple[float, float] | None = None
-    for point in curve.points:
-        (gain, error), log = branches.advantage(point), math.log(point.field)
-        if gain < -_CLEARLY * error:
-            if last is None:
-                return None  # it loses already where the curve begins
-            share = last[1] / (last[1] - gain)
-            return math.exp(last[0] + share * (log - last[0]))
-        if gain > 0:
-            last = log, gain
-        if point.direction > 0:
-            break
-    return appears
