@@ -78,9 +78,10 @@ def random_start_threshold(
     finetuning.samples until the share of successes has crossed one half, then bisected three times
     in log α'; every α' has runs of its own, so that all are independent.  The value is exp μ of the
     logistic law P(success) = 1/(1 + exp(−(log α' − μ)/σ)) of maximum likelihood over all runs, its
-    error from the observed information.  Where failures and successes do not overlap, μ lies
-    between the last α' without success and the first without failure: the value is then their
-    geometric mean and the error half their distance.
+    error from the observed information.  Where at most one α' has both failures and successes, with
+    failures only below and successes only above it, the likelihood has no maximum; μ then lies
+    between the last α' without success and the first without failure, or the least and largest
+    tried: the value is their geometric mean, its relative error half their distance in log α'.
 
     It is a property of systems of dimension D, of the descent (L-BFGS) and of the number of starts,
     and moves with all three.
@@ -196,7 +197,8 @@ def _fitted(rows: Sequence[RandomStart]) -> tuple[float, float] | None:
     failed, succeeded = logs[successes < runs].max(), logs[successes > 0].min()
     if failed <= succeeded:
         # separated: likelihoods grow without bound as σ → 0
-        low, high = logs[successes == 0].max(), logs[successes == runs].min()
+        low = max(logs[successes == 0], default=logs.min())
+        high = min(logs[successes == runs], default=logs.max())
         return float((low + high) / 2), float((high - low) / 2)
     shift, scale = logs.mean(), max(float(logs.std()), 1e-9)
     x = np.column_stack([np.ones_like(logs), (logs - shift) / scale])

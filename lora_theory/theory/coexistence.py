@@ -16,6 +16,7 @@ from lora_theory.theory.informed import (
     InformedCurve,
     InformedPoint,
     follow_informed,
+    informed_between,
     informed_start,
 )
 from lora_theory.theory.nodes import Discretisation
@@ -26,11 +27,11 @@ __all__ = ["NAMES", "Coexistence", "Threshold", "coexistence"]
 NAMES = ("informed_appears", "informed_stable", "informed_minimises", "uninformed_unstable")
 
 _STEP = 1.25
+_SECANTS = 6
 #: Errors by which a difference is one, and the height in log α' of a parabola at a fold.
 _CLEARLY, _NEAR_FOLD = 3, 0.05
-#: Distance in log α' from the last overlap to the α' of (3.5) = 1: α' is even in o.
-_NEARLY = 0.15
-#: Overlap below which a branch that is lost so near has merged.
+#: Distance in log α' of the weakest points from where (3.5) = 1, for α' is even in o, and their o.
+_NEARLY = 0.2
 _WEAK = 0.35
 
 
@@ -115,7 +116,8 @@ def _appears(curve: InformedCurve, unstable: Threshold) -> Threshold:
         return Threshold(
             None, reason=f"the informed branch still weakens at {at_end}, and {unstable.reason}"
         )
-    rest = abs(math.log(end.samples / unstable.value))
+    weak = [point.samples for point in points if point.overlap < _WEAK] or [end.samples]
+    rest = abs(math.log(float(np.median(weak)) / unstable.value))
     if rest > max(_NEARLY, _CLEARLY * end.error):
         return Threshold(
             None,
@@ -173,18 +175,45 @@ def _exchange(branches: Branches, curve: InformedCurve, appears: Threshold) -> T
     """α' where the potentials of both branches are equal, on the curve down to its least α'."""
     lowest = min((point.samples for point in curve.points), default=math.nan)
     upper = list(itertools.takewhile(lambda point: point.samples > lowest, curve.points))
-    last: tuple[float, float] | None = None
+    wins: tuple[InformedPoint, float] | None = None
     for point in upper:
-        (gain, error), log = branches.advantage(point), math.log(point.samples)
+        gain, error = branches.advantage(point)
         if gain < -_CLEARLY * error:
-            if last is None:
-                return Threshold(
-                    None, reason="the informed branch has the larger potential at all α' tried, "
-                    f"up to {point.samples:.3g}: raise finetuning.samples",
-                )  # fmt: skip
-            slope = (last[1] - gain) / (last[0] - log)
-            value = math.exp(log - gain / slope)
-            return Threshold(value, value * abs(error / slope))
+            if wins is not None:
+                return _balance(branches, wins, (point, gain), error)
+            return Threshold(
+                None, reason="the informed branch has the larger potential at all α' tried, up to "
+                f"{point.samples:.3g}: raise finetuning.samples",
+            )  # fmt: skip
         if gain > 0:
-            last = log, gain
+            wins = point, gain
     return appears
+
+
+def _balance(
+    branches: Branches,
+    wins: tuple[InformedPoint, float],
+    loses: tuple[InformedPoint, float],
+    error: float,
+) -> Threshold:
+    """Where a gain vanishes between two points, by secants until it is below its error."""
+    for _ in range(_SECANTS):
+        log, slope = _secant(wins, loses)
+        point = informed_between(branches, wins[0], loses[0], math.exp(log))
+        if point is None:
+            break
+        gain, error = branches.advantage(point)
+        wins, loses = ((point, gain), loses) if gain > 0 else (wins, (point, gain))
+        if abs(gain) < error / 4:
+            break
+    log, slope = _secant(wins, loses)
+    return Threshold(math.exp(log), math.exp(log) * abs(error / slope))
+
+
+def _secant(
+    first: tuple[InformedPoint, float], second: tuple[InformedPoint, float]
+) -> tuple[float, float]:
+    """The zero in log α' of the line through two gains, and its slope."""
+    logs = [math.log(point.samples) for point, _ in (first, second)]
+    slope = (second[1] - first[1]) / (logs[1] - logs[0])
+    return logs[0] - first[1] / slope, slope

@@ -270,6 +270,26 @@ def follow_informed(branches: Branches, root: Root, samples: float) -> InformedC
     return InformedCurve(points, lost=misses > 0)
 
 
+def informed_between(
+    branches: Branches, first: InformedPoint, second: InformedPoint, samples: float
+) -> InformedPoint | None:
+    """The branch at the overlap that a line between two of its points has at ``samples``."""
+    logs = [math.log(point.samples) for point in (first, second)]
+    share = (math.log(samples) - logs[0]) / (logs[1] - logs[0])
+    overlap = first.overlap + share * (second.overlap - first.overlap)
+    equations, places = _AtOverlap(branches), []
+    for point in (first, second):
+        q = point.unknowns[1] ** 2 * branches.stage.signal / point.overlap**2
+        places.append(np.array([0.5 * math.log(q), point.unknowns[2], math.log(point.samples)]))
+    found = equations.solved(
+        places[0] + share * (places[1] - places[0]), overlap, branches.tolerance
+    )
+    if found is None:
+        return None
+    x, error = found
+    return InformedPoint(overlap, math.exp(x[2]), error, equations.unknowns(x, overlap))
+
+
 def _overlaps(first: float) -> list[float]:
     found, z = [first], math.atanh(first)
     while math.tanh(z) > _LAST_OVERLAP:

@@ -121,9 +121,9 @@ def thresholds(
     several = [
         Discretisation.checked(nodes, blocks, one, 1e-10) for one in (seed, seed + _OTHER_SEED)
     ]
+    parts = [_random_start(problem, dim, seeds, seed)]  # first: it refuses its own arguments
     with jax.enable_x64(True):
-        parts = [_interpolation(problem), _finetuning(problem, several)]
-    parts.append(_random_start(problem, dim, seeds, seed))
+        parts += [_interpolation(problem), _finetuning(problem, several)]
     values = {name: both for part in parts for name, both in part.values.items()}
     reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
     names = [*_PRETRAINING, *NAMES, "random_start"]
@@ -155,6 +155,7 @@ def _random_start(problem: Problem, dim: int | None, seeds: int | None, seed: in
         return _Found({}, {"random_start": _NO_FINETUNING})
     if dim is None or seeds is None:
         return _Found({}, {"random_start": "give dim and seeds to measure it"})
+    # the simulation imports the theory
     from lora_theory.simulation.random_start import random_start_threshold
 
     measured = random_start_threshold(problem, dim=dim, seeds=seeds, seed=seed)
