@@ -25,6 +25,7 @@ from lora_theory.theory.predict import check_tokens
 from lora_theory.theory.pretraining import Constants
 from lora_theory.theory.regularizers import Frobenius, NarrowFactor, NuclearNorm, WeightDecay
 from lora_theory.theory.roots import standard_error
+from lora_theory.theory.separable import Separable
 from lora_theory.theory.units import Units
 
 __all__ = ["Thresholds", "thresholds"]
@@ -170,6 +171,12 @@ def _random_start(problem: Problem, dim: int | None, seeds: int | None, seed: in
 def _interpolation(problem: Problem) -> _Found:
     visible = 2 * field_count(problem.tokens, problem.activation)  # c_T
     constants, share = Constants.of(problem), problem.pretraining.samples * visible
+    if isinstance(constants.regularizer, Separable):
+        why = (
+            'pretraining.regularizer = "separable": its limit λ → 0⁺ is not known; change it to '
+            "weight_decay, frobenius or nuclear_norm"
+        )
+        return _Found({}, dict.fromkeys(_PRETRAINING, why))
     label_variance = float(constants.law.moments()[1]) + problem.label_noise / 2
     exact = problem.label_noise == 0 and _is_within_reach(constants)
     limit = math.inf if exact else _threshold(constants, label_variance)

@@ -1,4 +1,4 @@
-"""Narrow factors, temperatures, rescaled weights: theory against trained systems, D → ∞.
+"""Narrow factors, a given penalty, temperatures, rescaled weights: theory against trained systems, D → ∞.
 
 Other teachers and penalties: test_learned_spectrum.py, test_message_passing.py.
 """
@@ -18,6 +18,10 @@ BASE = Problem(
 )
 CASES = {
     "narrow factor": {"pretraining.rank": 0.3, "pretraining.penalty": 0.05},
+    "separable penalty": {
+        "pretraining.regularizer": "separable",
+        "pretraining.function": "s**4 + 2*abs(s)",
+    },
     "temperatures": {"inverse_temperature": 1.5, "teacher.inverse_temperature": 0.8},
     "softmax, temperatures, re-used": {
         "activation": "softmax",
