@@ -1,4 +1,4 @@
-"""Narrow factors, a given penalty, temperatures, rescaled weights: theory against trained systems, D → ∞.
+"""Narrow factors, given penalties, temperatures, rescaled weights: theory against trained systems.
 
 Other teachers and penalties: test_learned_spectrum.py, test_message_passing.py.
 """
