@@ -13,10 +13,12 @@ from lora_theory.simulation import (
 from lora_theory.status import Status
 from lora_theory.sweeps import load, sweep
 from lora_theory.theory import (
+    Continuation,
     EffectiveNoise,
     LearnedSpectrum,
     Prediction,
     Thresholds,
+    continuation,
     finetune,
     measure_noise,
     predict,
@@ -27,6 +29,7 @@ from lora_theory.theory import (
 
 __all__ = [
     "Comparison",
+    "Continuation",
     "EffectiveNoise",
     "Estimate",
     "Finetuning",
@@ -41,6 +44,7 @@ __all__ = [
     "Teacher",
     "Thresholds",
     "compare",
+    "continuation",
     "finetune",
     "load",
     "measure_noise",

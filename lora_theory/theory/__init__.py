@@ -1,5 +1,6 @@
 """The asymptotic theory: :func:`predict` both stages, :func:`finetune` the second alone."""
 
+from lora_theory.theory.continued import Continuation, continuation
 from lora_theory.theory.frozen import measure_noise
 from lora_theory.theory.learned import LearnedSpectrum, Outlier, spectrum
 from lora_theory.theory.merged import MergedOutlier
@@ -13,6 +14,7 @@ from lora_theory.theory.results import (
 from lora_theory.theory.thresholds import Thresholds, thresholds
 
 __all__ = [
+    "Continuation",
     "EffectiveNoise",
     "FinetuningPrediction",
     "LearnedSpectrum",
@@ -21,6 +23,7 @@ __all__ = [
     "Prediction",
     "PretrainingPrediction",
     "Thresholds",
+    "continuation",
     "finetune",
     "measure_noise",
     "predict",

@@ -43,7 +43,7 @@ _CLEARLY = 6
 # residual above which an informed root that no search has found counts as absent
 _ABSENT = 0.02
 #: What is held on a branch.
-_HELD = {"informed": lora.INFORMED, "uninformed": lora.UNINFORMED, "zero": lora.ZERO}
+HELD = {"informed": lora.INFORMED, "uninformed": lora.UNINFORMED, "zero": lora.ZERO}
 # w/√(q0 D) of this size has vanished
 _VANISHED = 1e-3
 
@@ -152,7 +152,7 @@ def solve_branches(
         growth = {}
         for name, root in found.items():
             if name != "informed":
-                averages = nodes.averages(_HELD[name], few=True)
+                averages = nodes.averages(HELD[name], few=True)
                 growth[name] = float(growth_by_block(averages, root.unknowns).mean())
         return growth
 
@@ -180,10 +180,10 @@ def solve_branches(
     others = [root for name, root in found.items() if name != "informed"]
     if informed.residual > _ABSENT and others[0].is_good(tolerance):
         found.pop("informed", None)
-    test = _TestErrors(weights, stage.signal, tokens, activation, discretisation)
+    test = BranchErrors(weights, stage.signal, tokens, activation, discretisation)
     ordered = _by_potential(found, test, tolerance, growths(found))
     best = found[ordered[0].branch]
-    averages = nodes.averages(_HELD[ordered[0].branch])
+    averages = nodes.averages(HELD[ordered[0].branch])
     return ordered, finetuning_stability(averages, best, nodes.task)
 
 
@@ -263,7 +263,7 @@ class FinetuningNodes:
         return Averages(equations, self._fields[::step], self._blocks)
 
 
-class _TestErrors:
+class BranchErrors:
     """E' of a branch and of the frozen weights alone, with quadrature errors."""
 
     def __init__(
@@ -310,8 +310,8 @@ def _jump_mass(root: Root) -> tuple[float, float]:
     return float(root.observables[jumps] / size), float(root.quadrature_error[jumps] / abs(size))
 
 
-def _prediction(
-    name: str, root: Root, test: _TestErrors, tolerance: float, growth: float
+def branch_prediction(
+    name: str, root: Root, test: BranchErrors, tolerance: float, growth: float
 ) -> FinetuningPrediction:
     values = dict(zip(lora.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(lora.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
@@ -341,14 +341,14 @@ def _prediction(
 
 
 def _by_potential(
-    found: dict[str, Root], test: _TestErrors, tolerance: float, growths: dict[str, float]
+    found: dict[str, Root], test: BranchErrors, tolerance: float, growths: dict[str, float]
 ) -> tuple[FinetuningPrediction, ...]:
     """Branches by potential; a difference below its own quadrature error is a tie.
 
     An unsolved branch has no potential to compare: an informed one is put first, to be seen.
     """
     predictions = {
-        name: _prediction(name, root, test, tolerance, growths.get(name, math.nan))
+        name: branch_prediction(name, root, test, tolerance, growths.get(name, math.nan))
         for name, root in found.items()
     }
 

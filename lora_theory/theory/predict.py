@@ -92,10 +92,10 @@ def predict(
     with jax.enable_x64(True):
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
-        pretraining = _pretraining_prediction(problem, root, weights, discretisation)
+        pretraining = pretraining_prediction(problem, root, weights, discretisation)
         noise = _effective_noise(problem, weights)
         first = _pretraining_stability(problem.replace(finetuning=None), discretisation)
-        pretraining = _flagged(pretraining, first)
+        pretraining = flagged(pretraining, first)
         branches: tuple[FinetuningPrediction, ...] = ()
         second: Stability | None = None
         if problem.finetuning is not None:
@@ -103,7 +103,7 @@ def predict(
             found, second = solve_branches(
                 stage, weights, problem.tokens, problem.activation, discretisation
             )
-            found = (_flagged(found[0], second), *found[1:])
+            found = (flagged(found[0], second), *found[1:])
             branches = tuple(units.finetuning(branch) for branch in found)
     chosen = branches[0] if branches else None
     status = _worst([pretraining.status] + ([chosen.status] if chosen else []))
@@ -203,7 +203,7 @@ def finetune(
     weights = FrozenWeights(Q, M, V, noise.label_variance)
     with jax.enable_x64(True):
         found, stability = solve_branches(finetuning, weights, tokens, activation, discretisation)
-    return (_flagged(found[0], stability), *found[1:])
+    return (flagged(found[0], stability), *found[1:])
 
 
 def _check_noise(noise: EffectiveNoise) -> None:
@@ -296,7 +296,7 @@ def _pretraining_stability(problem: Problem, discretisation: Discretisation) -> 
 _Stage = TypeVar("_Stage", PretrainingPrediction, FinetuningPrediction)
 
 
-def _flagged(stage: _Stage, stability: Stability) -> _Stage:
+def flagged(stage: _Stage, stability: Stability) -> _Stage:
     """With the error of the jump mass, which the blocks' own roots do not show, and the status."""
     errors = stage.quadrature_error | {"jump_mass": stability.jump_error}
     stage = dataclasses.replace(stage, quadrature_error=errors)
@@ -310,7 +310,7 @@ def _jump_mass(root: Root) -> tuple[float, float]:
     return float(root.observables[column]), float(root.quadrature_error[column])
 
 
-def _pretraining_prediction(
+def pretraining_prediction(
     problem: Problem, root: Root, weights: FrozenWeights, discretisation: Discretisation
 ) -> PretrainingPrediction:
     values = dict(zip(pre.OBSERVABLES, root.observables.tolist(), strict=True))

@@ -20,7 +20,8 @@ from lora_theory.status import Status
 from lora_theory.theory.averages import Averages, BlockValues
 
 __all__ = [
-    "ROUGH", "Root", "first_good", "log_ratio", "refine", "solve", "standard_error", "with_jumps",
+    "ROUGH", "Root", "first_good", "log_ratio", "refine", "root_at", "solve", "standard_error",
+    "with_jumps",
 ]  # fmt: skip
 
 _SEARCHES, _NEWTON_STEPS, _LONGEST_STEP = 8, 12, 0.5
@@ -122,11 +123,11 @@ def solve(
         thorough=thorough,
     )
     x, values = _near(averages, basin(tolerance=max(tolerance, ROUGH)), tolerance)
-    found = _root(x, values)
+    found = root_at(x, values)
     if found.is_good(tolerance) or not thorough:
         return found
     x, _ = _polish(averages, basin(tolerance=tolerance), tolerance, _FULL_EVALUATIONS)
-    slower = _root(x, averages.at(x, search=True, elsewhere=True))
+    slower = root_at(x, averages.at(x, search=True, elsewhere=True))
     return first_good([slower, found], tolerance)
 
 
@@ -142,7 +143,7 @@ def first_good(roots: Iterable[Root], tolerance: float) -> Root:
 
 def refine(averages: Averages, x: Float[np.ndarray, " n"], *, tolerance: float) -> Root:
     """The root near ``x``, by Newton's method alone."""
-    return _root(*_near(averages, x, tolerance))
+    return root_at(*_near(averages, x, tolerance))
 
 
 def with_jumps(averages: Averages, root: Root) -> Root:
@@ -164,7 +165,7 @@ def with_jumps(averages: Averages, root: Root) -> Root:
         ]
         up, down = (np.append(end.mean, end.observables.mean(axis=0)) for end in ends)
         jacobian[:, index] = (up - down) / (2 * _JUMP_STEP)
-    found = _root(x, values._replace(jacobian=jacobian))
+    found = root_at(x, values._replace(jacobian=jacobian))
     return found._replace(jumps=True)
 
 
@@ -358,7 +359,8 @@ def _polish(
     return np.frombuffer(point).copy(), values
 
 
-def _root(x: Float[np.ndarray, " n"], values: BlockValues) -> Root:
+def root_at(x: Float[np.ndarray, " n"], values: BlockValues) -> Root:
+    """The root that a point is, with those of the single blocks one Newton step away."""
     jacobian = np.nan_to_num(values.jacobian, nan=0.0, posinf=0.0, neginf=0.0)
     moves = np.linalg.lstsq(jacobian[: x.size], -values.residual.T, rcond=None)[0].T
     return Root(

@@ -4,6 +4,7 @@ import lora_theory
 
 PUBLIC = [
     "Comparison",
+    "Continuation",
     "EffectiveNoise",
     "Estimate",
     "Finetuning",
@@ -18,6 +19,7 @@ PUBLIC = [
     "Teacher",
     "Thresholds",
     "compare",
+    "continuation",
     "finetune",
     "load",
     "measure_noise",
