@@ -17,7 +17,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_tools import CURVES, Experiment, Profile, simulation_rows, solved, theory_rows
+from figure_tools import (
+    CURVES,
+    Experiment,
+    Profile,
+    shade_unstable,
+    simulation_rows,
+    solved,
+    theory_rows,
+)
 from matplotlib.figure import Figure
 
 from lora_theory import Finetuning, Pretraining, Problem, Status
@@ -112,6 +120,7 @@ def _draw_panel(panel: Any, part: pd.DataFrame, axis: str, observable: str) -> N
         here = chosen[chosen["level"] == level]
         theory = here[here["source"] == "theory"].sort_values(axis)
         panel.plot(theory[axis], theory["value"], dashes, color=color, label=f"{level:g}")
+        shade_unstable(panel, axis, theory, theory["value"], color)
         ties = theory[theory["status"] == Status.TIE.value]
         panel.plot(ties[axis], ties["value"], "x", color=color, ms=5, mew=1.2)
         points = here[(here["source"] == "simulation") & (here["start"] == "informed")]
@@ -131,6 +140,7 @@ def caption(table: pd.DataFrame) -> str:
     unsolved = table[(table["source"] == "theory") & (table["status"] == "not_converged")]
     errors = solved(table[(table["source"] == "theory") & (table["observable"] != "overlap")])
     error = (errors["error"] / errors["value"]).max()
+    unstable = (errors["status"] == Status.UNSTABLE.value).sum() // 2
     ties = (errors["status"] == Status.TIE.value).sum() // 2
     return (
         "**Figure 1.** Test error E' (label noise included) and overlap o after rank-one LoRA, for "
@@ -143,7 +153,9 @@ def caption(table: pd.DataFrame) -> str:
         f"Largest quadrature error of a theory point: {error:.1%}; "
         f"theory points left out as not converged: {unsolved['level'].count() // 3}. "
         f"Crosses ({ties} in all): ties, where the potentials of the informed and of another "
-        "branch differ by less than their errors, and either may be the solution. "
+        "branch differ by less than their errors, and either may be the solution. Pale bands "
+        f"({unstable} points in all): the replica-symmetric solution is unstable, by a replicon "
+        "≥ 1 or by jumps that matter. "
         "Where λ is so large that the weights vanish, the curves no longer depend on it. "
         "The table also holds the lowest of two random starts."
     )

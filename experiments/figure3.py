@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_tools import Experiment, Profile, measured_rows, predicted_rows, solved
+from figure_tools import Experiment, Profile, measured_rows, predicted_rows, shade_unstable, solved
 from matplotlib.figure import Figure
 from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
@@ -236,6 +236,7 @@ def _draw_panel(panel: Any, part: pd.DataFrame, name: str) -> None:
     points = points[points["observable"] == ("corrected_test_error" if corrected else name)]
     heights = [1 - c["value"] if name == "overlap" else c["value"] for c in (curve, points)]
     panel.plot(curve[PENALTY], heights[0], color="black", label="theory")
+    shade_unstable(panel, PENALTY, curve, heights[0], "black")
     panel.errorbar(
         points[PENALTY], heights[1], points["error"],
         fmt="o", color="black", mfc="white", capsize=1.5, linewidth=0.8, zorder=3,
@@ -294,7 +295,8 @@ def caption(table: pd.DataFrame) -> str:
         f"Theory: {optima_text}. "
         "Simulated differences, paired by seed (in brackets theory; z of the simulated mean, "
         f"against 0): {contrast_text}. "
-        f"Theory points flagged as having jumps: {jumping.sum() // 2}, as "
+        f"Theory points with jumps of the proximal operator: {jumping.sum() // 2}, of which "
+        f"unstable, with a pale band: {(shown['status'] == 'unstable').sum() // 2}; "
         f"not converged (left out): {(shown['status'] == 'not_converged').sum() // 2} of "
         f"{len(shown) // 2}. For softmax and fresh sequences an uninformed branch coexists; the "
         "table also holds the lowest of two random starts.\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -136,6 +137,24 @@ def measured_rows(result: Simulation, labels: Mapping[str, Any]) -> Iterator[dic
             estimate = getattr(stage, name)
             numbers = {"value": estimate.mean, "error": estimate.error}
             yield {**shared, "start": start, "observable": name, **numbers}
+
+
+def shade_unstable(
+    panel: Any, axis: str, rows: pd.DataFrame, heights: pd.Series, color: str
+) -> None:
+    """A broad pale band along the parts of a theory curve that are unstable."""
+    x, unstable = rows[axis].to_numpy(), (rows["status"] == Status.UNSTABLE.value).to_numpy()
+    # halfway to the neighbours, on a logarithmic axis
+    between = np.sqrt(x[1:] * x[:-1])
+    middle = np.interp(np.log(between), np.log(x), heights)
+    fine, high = np.empty(2 * x.size - 1), np.empty(2 * x.size - 1)
+    fine[::2], fine[1::2], high[::2], high[1::2] = x, between, heights, middle
+    for place in np.flatnonzero(unstable):
+        part = slice(max(2 * place - 1, 0), 2 * place + 2)
+        panel.plot(
+            fine[part], high[part], color=color, alpha=0.25, linewidth=6, zorder=1,
+            solid_capstyle="butt",
+        )  # fmt: skip
 
 
 def solved(rows: pd.DataFrame) -> pd.DataFrame:
