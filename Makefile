@@ -30,9 +30,6 @@ figures-full: $(INSTALLED) ## the same at publication sizes, into figures/
 test: export NPROC := $(THREADS)
 test: export OMP_NUM_THREADS := $(THREADS)
 test: export OPENBLAS_NUM_THREADS := $(THREADS)
-# what one process compiles, the others need not
-test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.2
 test: $(INSTALLED) ## linters, type checker and all tests, the slow ones included
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "make fails: run '$(BIN)/ruff format .'"; exit 1; }
@@ -40,7 +37,7 @@ test: $(INSTALLED) ## linters, type checker and all tests, the slow ones include
 	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m ""
 
 clean: ## remove what was computed and built, except .venv and figures/
-	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache
+	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
