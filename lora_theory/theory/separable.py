@@ -58,14 +58,16 @@ _FAR = 20.0
 _ZERO, _NARROW = 1e-12, 1e-5
 
 
-@jax.tree_util.register_static
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["penalty", "unit"], meta_fields=["function"]
+)
 @dataclass(frozen=True)
 class Separable:
     """λD Σ R(s_i/u), R an :class:`~lora_theory.expression.Expression`, u the unit of s."""
 
     function: str
-    penalty: float
-    unit: float = 1.0
+    penalty: float | Array
+    unit: float | Array = 1.0
 
     def shrink(self, y: Float[Array, "..."], V_hat: Float[Array, ""]) -> Float[Array, "..."]:
         """s(y) = argmin_s V̂s²/4 − ys/2 + λR(s); differentiable, but blind to its jumps."""
@@ -169,7 +171,7 @@ def scalar_proximal(
     return s + jnp.where(smooth, step - jax.lax.stop_gradient(step), 0.0)
 
 
-@quickly_compiled("kind")
+@quickly_compiled()
 def _shrunk(y: Array, V_hat: Array, kind: Separable) -> tuple[Array, Array, Array]:
     """s(y), its slope, and min_s V̂s²/4 − ys/2 + λR(s)."""
     s, slope = jax.jvp(lambda y: kind.shrink(y, V_hat), (y,), (jnp.ones_like(y),))

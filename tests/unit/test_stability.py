@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_theory import Finetuning, Pretraining, Problem
+from lora_theory import Finetuning, Pretraining, Problem, predict
 from lora_theory.laws import GOE, Eigenvalues, PowerLaw, Wishart
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
@@ -32,6 +32,8 @@ CASES = [
     (0.1, 0.05, Wishart(0.25)),
     (0.1, 0.5, Wishart(0.25)),
     (0.4, 1.2, Wishart(3.0)),
+    (0.135, 0.3, Wishart(0.5)),  # two bands that have just merged
+    (0.171, 0.1, Wishart(0.5)),
     (0.5, -9.0, GOE()),
     (0.5, 0.3, PowerLaw(0.25)),
     (0.9, 1.5, Eigenvalues(np.array([0.0, 2.0]))),
@@ -59,13 +61,13 @@ def sampled(delta, law, dim):
 def test_nodes_integrate_the_law(delta, epsilon, law):
     x, weights, _ = nodes_of(delta, epsilon, law)
     mean, second = (float(moment) for moment in law.moments())
-    heavy = 1e-3 if isinstance(law, PowerLaw) else 1e-6  # of what lies beyond the last node
-    assert weights.sum() == pytest.approx(1, abs=1e-6)
+    heavy = 1e-3 if isinstance(law, PowerLaw) else 1e-8  # of what lies beyond the last node
+    assert weights.sum() == pytest.approx(1, abs=1e-8)
     assert weights @ x == pytest.approx(mean, abs=heavy)
     assert weights @ x**2 == pytest.approx(second + delta**2, abs=heavy)
 
 
-@pytest.mark.parametrize(("delta", "epsilon", "law"), CASES[:4])
+@pytest.mark.parametrize(("delta", "epsilon", "law"), CASES[:5])
 def test_mean_quotient_is_the_response(delta, epsilon, law):
     """∬(f(x) − f(y))/(x − y) = ∂_δJ/2δ, a closed tail integral."""
     x, weights, _ = nodes_of(delta, epsilon, law)
@@ -275,3 +277,15 @@ def test_known_smooth_replicon_beside_jumps():
 )
 def test_stable_is_below_one_without_jumps_that_are_seen(numbers, stable):
     assert Stability(*numbers).is_stable is stable
+
+
+def test_replicon_of_ridge_is_its_closed_form():
+    """S = Y/(V̂ + 2λ): every quotient is 1/(V̂ + 2λ); bands that have just merged."""
+    problem = Problem(
+        tokens=3, activation="linear", teacher_rank=0.5, label_noise=0.3,
+        pretraining=Pretraining(samples=0.4, penalty=0.02, regularizer="frobenius"),
+    )  # fmt: skip
+    answer = predict(problem)
+    V_hat = answer.pretraining.V_hat
+    known = V_hat**2 / ((V_hat + 0.04) ** 2 * 0.4 * 3 * 4)
+    assert answer.stability["pretraining"].replicon == pytest.approx(known, rel=1e-8)
