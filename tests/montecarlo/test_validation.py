@@ -23,8 +23,8 @@ WRONG = {
     "factor 2 in the pre-training response": (
         "linear-2-fresh",
         "pretraining.py",
-        "V_hat = constants.samples * T * (T + 1) / stiff",
-        "V_hat = 2 * constants.samples * T * (T + 1) / stiff",
+        "V_hat = channel.samples * T * (T + 1) / stiff",
+        "V_hat = 2 * channel.samples * T * (T + 1) / stiff",
     ),
     "factor 2 in the fine-tuning force": (
         "linear-2-fresh",
