@@ -13,7 +13,7 @@ comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures figures-full test clean distclean
+.PHONY: help install figures figures-full test test-all clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -30,11 +30,14 @@ figures-full: $(INSTALLED) ## the same at publication sizes, into figures/
 test: export NPROC := $(THREADS)
 test: export OMP_NUM_THREADS := $(THREADS)
 test: export OPENBLAS_NUM_THREADS := $(THREADS)
-test: $(INSTALLED) ## linters, type checker and all tests, the slow ones included
+test: $(INSTALLED) ## linters, type checker and tests, the slow ones included
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "make fails: run '$(BIN)/ruff format .'"; exit 1; }
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m ""
+	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m "not exhaustive"
+
+test-all: $(INSTALLED) ## the tests that take minutes each
+	@$(BIN)/pytest -q -m exhaustive
 
 clean: ## remove what was computed and built, except .venv and figures/
 	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis

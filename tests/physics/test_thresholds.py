@@ -169,7 +169,7 @@ def test_a_fold_is_where_predict_loses_the_informed_branch():
     assert [answer.finetuning.branch for answer in ordered] == ["uninformed", "informed"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_softmax_branch_goes_over_into_the_uninformed_one():
     """Jumps carry much of its response long before: it is unstable there."""
     changes = {"pretraining.samples": 0.5, "pretraining.penalty": 0.1}
