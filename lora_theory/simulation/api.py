@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from lora_theory.compilation import double_precision
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.results import Simulation, summarise
@@ -120,7 +121,7 @@ def simulate(
 
     records, arrays = [], []
     bar = tqdm(total=seeds, desc=f"seeds at D = {dim}", disable=not progress)
-    with jax.enable_x64(True), jax.default_device(target), bar:
+    with double_precision(), jax.default_device(target), bar:
         for done in range(0, seeds, effort.batch):
             indices = range(first + done, first + min(done + effort.batch, seeds))
             keys = [run_key(seed, index) for index in indices]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from lora_theory.compilation import double_precision
 from lora_theory.observables import Estimate
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.api import PRETRAINED
@@ -173,7 +174,7 @@ def message_passing(
         _checked_share("damping", damping, ">= 0 and < 1"),
         _checked_share("tolerance", tolerance, "> 0 and < 1"),
     )
-    with jax.enable_x64(True):
+    with double_precision():
         key = run_key(seed, index)
         pretraining = finetuning = None
         weights: Weights

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from lora_theory.attention import attention
-from lora_theory.theory.compilation import quickly_compiled
+from lora_theory.compilation import quickly_compiled
 from lora_theory.theory.fields import (
     field_basis,
     softmax_field_hessian,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from lora_theory.compilation import double_precision
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.data import Draw, draw_normal, run_key
 from lora_theory.simulation.fields import Symmetric, Weights
@@ -62,7 +62,7 @@ def sample_pretrained(
     sizes = Sizes.of(problem, dim, trained=False)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
     key = run_key(seed, checked_integer("index", index, 0, 2**32 - 1))
-    with jax.enable_x64(True):
+    with double_precision():
         teacher = draw_teacher(key, problem, sizes, np.float64)
         return sampled_matrix(key, problem, sizes, teacher), as_matrix(teacher)
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 from scipy.optimize import brentq, minimize_scalar
 
+from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.convolution import height
 
 __all__ = ["CurvePoints", "Detached", "curve", "detached", "real_bands", "real_transform"]

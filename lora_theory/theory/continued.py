@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lora_theory.compilation import double_precision
 from lora_theory.observables import to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory import finetuning as lora
@@ -126,7 +126,7 @@ def continuation(
     value, ends = _checked(problem, over, within, branch)
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     kind = _Pretraining if branch == "pretraining" else _Finetuning
-    with jax.enable_x64(True):
+    with double_precision():
         stage = kind(problem, over, branch, discretisation)
         start = stage.start(value)
         curves = [

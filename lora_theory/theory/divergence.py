@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lora_theory.theory.compilation import quickly_compiled
+from lora_theory.compilation import quickly_compiled
 from lora_theory.theory.law_nodes import law_nodes
 from lora_theory.theory.pretraining import Constants, kept_at
 

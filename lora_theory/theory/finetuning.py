@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from scipy.special import gammaincinv, ndtr
 
 from lora_theory.attention import attention
+from lora_theory.compilation import quickly_compiled
 from lora_theory.theory.averages import AWAY, BlockValues, Equations
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
 from lora_theory.theory.pretraining import (
     SMALLEST_VARIANCE,

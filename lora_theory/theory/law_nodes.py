@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law
 from lora_theory.theory.bands import curve, real_bands
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.convolution import boundary
 
 __all__ = ["LawNodes", "law_nodes"]

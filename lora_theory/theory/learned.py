@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from lora_theory.compilation import double_precision
 from lora_theory.observables import to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.status import Status
@@ -128,7 +128,7 @@ def spectrum(
         alone if dim is None else problem, nodes=nodes, blocks=blocks, seed=seed,
         tolerance=tolerance,
     )  # fmt: skip
-    with jax.enable_x64(True):
+    with double_precision():
         root = solve_pretraining(alone, Discretisation.checked(nodes, blocks, seed, tolerance))
         found = shrunk_spectrum(root.unknowns, problem, points)
         others = [shrunk_spectrum(unknowns, problem, points) for unknowns in root.block_unknowns]

@@ -9,10 +9,10 @@ import numbers
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_theory.compilation import double_precision
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.status import Status
 from lora_theory.theory import pretraining as pre
@@ -89,7 +89,7 @@ def predict(
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     check_problem(problem)
-    with jax.enable_x64(True):
+    with double_precision():
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
         pretraining = pretraining_prediction(problem, root, weights, discretisation)
@@ -201,7 +201,7 @@ def finetune(
     _check_noise(noise)
     Q, M, V = (np.full(blocks, value) for value in (noise.Q, noise.M, 0.0))
     weights = FrozenWeights(Q, M, V, noise.label_variance)
-    with jax.enable_x64(True):
+    with double_precision():
         found, stability = solve_branches(finetuning, weights, tokens, activation, discretisation)
     return (flagged(found[0], stability), *found[1:])
 

@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
+from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law, law_of
 from lora_theory.problem import Problem
 from lora_theory.theory.averages import BlockValues, Equations
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.errors import effective_noise
 from lora_theory.theory.fields import field_basis, to_fields
 from lora_theory.theory.newton import inverse_trace

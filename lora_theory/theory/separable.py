@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from lora_theory.compilation import quickly_compiled
 from lora_theory.expression import Expression
 from lora_theory.laws import Law
 from lora_theory.theory.bands import real_bands, real_transform
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.law_nodes import law_nodes
 
 __all__ = [

@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.bands import curve, detached, real_bands, real_transform
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.convolution import boundary, quantile, tail_moment
 from lora_theory.theory.pretraining import Constants, kept_at
 from lora_theory.theory.units import Units

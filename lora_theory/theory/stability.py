@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
+from lora_theory.compilation import quickly_compiled
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
 from lora_theory.theory.averages import Averages
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.divergence import spectral_divergence
 from lora_theory.theory.fields import field_basis, to_fields
 from lora_theory.theory.newton import solve_positive_definite

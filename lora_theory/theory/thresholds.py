@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array
 from scipy.optimize import brentq
 
+from lora_theory.compilation import double_precision, quickly_compiled
 from lora_theory.observables import to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.coexistence import NAMES, Coexistence, coexistence
-from lora_theory.theory.compilation import quickly_compiled
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import check_tokens
@@ -123,7 +123,7 @@ def thresholds(
         Discretisation.checked(nodes, blocks, one, 1e-10) for one in (seed, seed + _OTHER_SEED)
     ]
     parts = [_random_start(problem, dim, seeds, seed)]  # first: it refuses its own arguments
-    with jax.enable_x64(True):
+    with double_precision():
         parts += [_interpolation(problem), _finetuning(problem, several)]
     values = {name: both for part in parts for name, both in part.values.items()}
     reasons = {name: reason for part in parts for name, reason in part.reasons.items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_theory.theory.compilation import quickly_compiled
+from lora_theory.compilation import quickly_compiled
 from lora_theory.theory.newton import (
     Expansion,
     inverse_trace,
