@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lora_theory.arguments import check_problem, checked_integer
 from lora_theory.observables import FINETUNING, PRETRAINING, Estimate, to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation import Simulation, simulate
-from lora_theory.simulation.sizes import Sizes, checked_integer
+from lora_theory.simulation.sizes import Sizes
 from lora_theory.status import Status
 from lora_theory.sweeps import kept_simulations
 from lora_theory.theory import FinetuningPrediction, Prediction, PretrainingPrediction, predict
@@ -120,8 +121,7 @@ def compare(
         >>> comparison.agreements[0].observable, abs(comparison.agreements[0].z) < 6
         ('Q', True)
     """
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     several = _listed(dims)
     if not several or len(set(several)) != len(several):
         raise ProblemError(f"dims = {dims!r} is not allowed: it must be one or several different D")

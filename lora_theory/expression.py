@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Expression"]
+__all__ = ["Expression", "fault_as_penalty"]
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -100,3 +100,22 @@ def _constant(value: float) -> _Evaluate:
 def _applied(operation: Callable[..., Any], *operands: ast.expr) -> _Evaluate:
     parts = [_compiled(operand) for operand in operands]
     return lambda s, xp: operation(*(part(s, xp) for part in parts))
+
+
+def fault_as_penalty(R: Expression) -> str | None:
+    """Why R(s) is no penalty: not finite anywhere, undefined somewhere, or not bounded below."""
+    sizes = np.concatenate([np.geomspace(1e-6, 1e6, 121), np.linspace(0, 10, 101)])
+    s = np.concatenate([-sizes, sizes])
+    values = R(s)
+    if np.any(np.isnan(values)):
+        place = s[np.isnan(values)][-1]
+        return (
+            f'it is not a number at s = {place:g}; an R that is infinite there is "… if s >= 0 '
+            'else inf"'
+        )
+    near = np.min(values, where=np.abs(s) < 1e3, initial=math.inf)
+    if not math.isfinite(near):
+        return "it must be finite somewhere, and nowhere -inf"
+    if np.min(values) < near - 1e-3 * (1 + abs(near)):
+        return "it must be bounded from below, and falls without end"
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["FINETUNING", "PRETRAINING", "Estimate", "to_plain"]
+__all__ = ["FINETUNING", "PRETRAINING", "Estimate", "plain_fields", "to_plain"]
 
 #: Observables of the pre-training stage, measured in both worlds.
 PRETRAINING = ("Q", "M", "overlap", "test_error", "train_error")
@@ -60,9 +60,13 @@ def to_plain(value: Any) -> Any:
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return plain_fields(value)
+    if hasattr(value, "_asdict"):
+        return to_plain(value._asdict())
     if isinstance(value, dict):
         return {key: to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return to_plain(value.tolist())
     if isinstance(value, list | tuple):
         return [to_plain(entry) for entry in value]
     if isinstance(value, float | np.floating):
@@ -70,3 +74,8 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     return value
+
+
+def plain_fields(result: Any) -> dict[str, Any]:
+    """The plain values of a dataclass's fields by their names, its ``to_dict`` unless it adds."""
+    return {f.name: to_plain(getattr(result, f.name)) for f in dataclasses.fields(result)}

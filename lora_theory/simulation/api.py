@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from lora_theory.arguments import check_problem, checked_integer
 from lora_theory.compilation import double_precision
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.results import Simulation, summarise
 from lora_theory.simulation.run import Effort, run_seeds
 from lora_theory.simulation.sampled import check_sampled
-from lora_theory.simulation.sizes import Sizes, checked_integer
+from lora_theory.simulation.sizes import Sizes
 from lora_theory.simulation.storage import checked_path, save_weights
 
 __all__ = ["PRETRAINED", "checked_effort", "simulate"]
@@ -105,8 +106,7 @@ def simulate(
         >>> 0 < simulation.finetuning.overlap.mean <= 1
         True
     """
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     sizes = Sizes.of(problem, dim, trained=pretrained != "sampled")
     seeds = checked_integer("seeds", seeds, 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from lora_theory.arguments import check_problem, checked_integer
 from lora_theory.compilation import double_precision
 from lora_theory.observables import Estimate
 from lora_theory.problem import Problem, ProblemError
@@ -41,10 +42,10 @@ from lora_theory.simulation.passing import (
 )
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
 from lora_theory.simulation.sampled import check_sampled, sampled_minimum, teacher_alone
-from lora_theory.simulation.sizes import Sizes, checked_integer
-from lora_theory.theory.pretraining import Constants
+from lora_theory.simulation.sizes import Sizes
 from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Constants
 
 __all__ = ["MessagePassing", "StagePassing", "message_passing"]
 
@@ -143,8 +144,7 @@ def message_passing(
         >>> found.settled, found.growth.mean < 1
         (True, True)
     """
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     seed, index = (
         checked_integer("seed", seed, 0, 2**32 - 1),
         checked_integer("index", index, 0, 2**32 - 1),
@@ -178,14 +178,13 @@ def message_passing(
         key = run_key(seed, index)
         pretraining = finetuning = None
         weights: Weights
+        draw = teacher_alone if sampled else pretraining_data
+        data = draw(key, problem, sizes, np.float64)
         if sampled:
-            data = teacher_alone(key, problem, sizes, np.float64)
             _, weights = sampled_minimum(key, problem, sizes, data)
-        else:
-            data = pretraining_data(key, problem, sizes, np.float64)
-        if stage == "finetuning" and not sampled:
+        elif stage == "finetuning":
             weights = _descended(problem, data)
-        elif stage != "finetuning":
+        else:
             pretraining = _pretrain(problem, sizes, data, limits, key)
             weights = Symmetric(jnp.asarray(pretraining.weights))
         if problem.finetuning is not None and stage != "pretraining":

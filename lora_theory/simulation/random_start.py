@@ -6,7 +6,6 @@ Not a threshold of the equations: local descent can stay far from the minimum of
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from lora_theory.observables import to_plain
+from lora_theory.arguments import check_problem, checked_integer
+from lora_theory.observables import plain_fields
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.api import simulate
-from lora_theory.simulation.sizes import checked_integer
 
 __all__ = ["RandomStart", "RandomStartThreshold", "random_start_threshold"]
 
@@ -56,9 +55,7 @@ class RandomStartThreshold:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
-        entries = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        plain: dict[str, Any] = to_plain(entries)
-        return {**plain, "table": [row._asdict() for row in self.table]}
+        return plain_fields(self)
 
 
 def random_start_threshold(
@@ -109,8 +106,7 @@ def random_start_threshold(
         >>> 0.1 < found.value < 10 and found.error > 0
         True
     """
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     stage = problem.finetuning
     if stage is None:
         raise ProblemError("finetuning = None is not allowed here: it must be a Finetuning")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lora_theory.observables import Estimate, to_plain
+from lora_theory.observables import Estimate, plain_fields
 from lora_theory.problem import Problem
 from lora_theory.status import Status
 
@@ -100,9 +100,7 @@ class Simulation:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as for JSON; attribute names are the keys."""
-        entries = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        plain: dict[str, Any] = to_plain({**entries, "status": self.status.value})
-        return plain
+        return {**plain_fields(self), "status": self.status.value}
 
 
 class SeedRecord(NamedTuple):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from lora_theory.arguments import check_problem, checked_integer
 from lora_theory.compilation import double_precision
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.data import Draw, draw_normal, run_key
@@ -15,12 +16,12 @@ from lora_theory.simulation.fields import Symmetric, Weights
 from lora_theory.simulation.measure import as_matrix
 from lora_theory.simulation.minimise import Minimum
 from lora_theory.simulation.pretraining import PretrainingData
-from lora_theory.simulation.sizes import Sizes, checked_integer
+from lora_theory.simulation.sizes import Sizes
 from lora_theory.simulation.teacher import draw_teacher
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import check_tokens, solve_pretraining
-from lora_theory.theory.pretraining import Constants
 from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Constants
 
 __all__ = ["check_sampled", "sample_pretrained", "sampled_minimum", "teacher_alone"]
 
@@ -55,8 +56,7 @@ def sample_pretrained(
         >>> bool(abs(np.sum(S * S0) / 200 - 1.463) < 0.1)  # M
         True
     """
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     problem = problem.replace(finetuning=None)
     check_sampled(problem)
     sizes = Sizes.of(problem, dim, trained=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from lora_theory.arguments import checked_integer
 from lora_theory.problem import Problem, ProblemError
 
-__all__ = ["SMALLEST_DIM", "Sizes", "checked_integer"]
+__all__ = ["SMALLEST_DIM", "Sizes"]
 
 #: Smallest embedding dimension that is simulated.
 SMALLEST_DIM = 4
@@ -88,12 +87,3 @@ def _rounded(name: str, ratio: float, unit: int, dim: int) -> int:
             "it must be large enough to leave at least 1 after rounding"
         )
     return count
-
-
-def checked_integer(name: str, value: Any, smallest: int, largest: float = math.inf) -> int:
-    """``value`` as an int, or a :class:`ProblemError` that says what is allowed."""
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or not smallest <= value <= largest:
-        allowed = f"≥ {smallest}" if largest == math.inf else f"from {smallest} to {largest}"
-        raise ProblemError(f"{name} = {value!r} is not allowed: it must be an integer {allowed}")
-    return int(value)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Self
 import pandas as pd
 from tqdm import tqdm
 
+from lora_theory.arguments import checked_integer
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation import Simulation
 from lora_theory.simulation.results import from_runs
-from lora_theory.simulation.sizes import checked_integer
 from lora_theory.status import Status
 from lora_theory.sweeps.engine import Outcome, SweepError, here, on_workers
 from lora_theory.sweeps.estimate import calibration, expected_memory, expected_seconds

@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from lora_theory.arguments import checked_integer
 from lora_theory.problem import Problem, ProblemError, assign, read_toml
 from lora_theory.simulation.api import checked_effort
-from lora_theory.simulation.sizes import SMALLEST_DIM, checked_integer
+from lora_theory.simulation.sizes import SMALLEST_DIM
 from lora_theory.sweeps.tasks import SOURCES, Task, defaults_of
 from lora_theory.theory.nodes import Discretisation
 

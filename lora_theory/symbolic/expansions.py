@@ -14,11 +14,12 @@ import sympy as sp
 from sympy.polys.ring_series import rs_mul
 from sympy.polys.rings import PolyElement
 
+from lora_theory.arguments import checked_integer
 from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.forms import factored
 from lora_theory.symbolic.linear import effective_noise, in_ratios, linear_potential
 from lora_theory.symbolic.ridge import ridge_solution, saddle_point
-from lora_theory.symbolic.series import PowerSeries, checked_order, implicit, raised, truncated
+from lora_theory.symbolic.series import PowerSeries, implicit, raised, truncated
 from lora_theory.symbolic.wishart import moment_with_full_rank, small_noise_moment
 
 __all__ = [
@@ -55,7 +56,7 @@ def _ridge(
     alpha: sp.Expr, start: sp.Expr, exponent: sp.Rational, order: int
 ) -> dict[sp.Symbol, PowerSeries]:
     """One linear equation per power: V from its quadratic, then the others from V."""
-    checked_order(order)
+    checked_integer("order", order, 1)
     solution, equations = ridge_solution(), saddle_point()
     V_hat = equations[n.V_hat].subs(n.alpha, alpha)
     # one order more, for Δ_eff,0 at few samples is a ratio of two numbers of order α
@@ -121,7 +122,7 @@ def weight_decay_many_samples(order: int = 5) -> Mapping[sp.Symbol, PowerSeries]
         >>> weight_decay_many_samples(3)[n.V]
         T**2*(-teacher_rank**2 + 2*teacher_rank + 1)/(8*alpha*c_T) + O(alpha**-3/2)
     """
-    checked_order(order, 7)
+    checked_integer("order", order, 1, 7)
     moments = sp.Poly(small_noise_moment(), n.delta, n.eta).terms()
     names = ["K_{}_{}".format(*powers) for powers, _ in moments]
     # polynomials in x = α^{−1/2}, √(Δ/2c_T), λ̃T²/Δ, 1/c_T, 2/Δ and the K

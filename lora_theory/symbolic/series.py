@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import sympy as sp
 
-from lora_theory.problem import ProblemError
 from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.forms import factored
 
-__all__ = ["PowerSeries", "checked_order", "implicit", "raised", "truncated"]
+__all__ = ["PowerSeries", "implicit", "raised", "truncated"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,6 @@ class PowerSeries:
         return " + ".join(terms).replace("+ -", "- ")
 
     __repr__ = __str__
-
-
-def checked_order(order: Any, largest: float = math.inf) -> None:
-    """Refuse the order of an expansion below 1, or beyond what is known."""
-    integer = isinstance(order, int) and not isinstance(order, bool)
-    if not integer or not 1 <= order <= largest:
-        allowed = "≥ 1" if largest == math.inf else f"from 1 to {largest}"
-        raise ProblemError(f"order = {order!r} is not allowed: it must be an integer {allowed}")
 
 
 def truncated(polynomial: sp.Expr, small: sp.Symbol, order: int) -> sp.Expr:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import sympy as sp
 
+from lora_theory.arguments import checked_integer
 from lora_theory.problem import ProblemError
 from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.linear import in_ratios, linear_potential
 from lora_theory.symbolic.potentials import pretraining_potential
-from lora_theory.symbolic.series import PowerSeries, checked_order, raised, truncated
+from lora_theory.symbolic.series import PowerSeries, raised, truncated
 
 __all__ = [
     "InterpolatingLimit",
@@ -112,7 +113,7 @@ def collapse_at_few_samples(order: int = 5) -> PowerSeries:
 
     With e = 1/δ the edge is at g = e/√(1 + e²/(1 − cg)²), and e = √(αT(T+1)/Q_y).
     """
-    checked_order(order)
+    checked_integer("order", order, 1)
     small, e = sp.Symbol("small", positive=True), _inverse_delta
     c, g = 1 / sp.sqrt(n.teacher_rank), e
     for _ in range(order):

@@ -21,9 +21,18 @@ from scipy.optimize import brentq, minimize_scalar
 
 from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law
-from lora_theory.theory.convolution import height
+from lora_theory.theory.convolution import boundary, height
 
-__all__ = ["CurvePoints", "Detached", "curve", "detached", "real_bands", "real_transform"]
+__all__ = [
+    "CurvePoints",
+    "Detached",
+    "curve",
+    "detached",
+    "edge",
+    "point_below",
+    "real_bands",
+    "real_transform",
+]
 
 _NUDGE = 1e-10
 
@@ -53,6 +62,21 @@ def real_transform(w: float, law: Law) -> tuple[float, float]:
     """G0 and G0' at a real w outside of the support."""
     value, slope = _transform(jnp.asarray(complex(w)), law)
     return float(value.real), float(slope.real)
+
+
+def edge(u: float, delta: float, law: Law) -> float:
+    """H(u) at the real end u of a band, infinite or not."""
+    return u if math.isinf(u) else u + delta**2 * real_transform(u, law)[0]
+
+
+@quickly_compiled()
+def _below(x: Float[Array, ""], delta: Float[Array, ""], law: Law) -> Float[Array, ""]:
+    return boundary(x, delta, law).real
+
+
+def point_below(x: float, delta: float, law: Law) -> float:
+    """The u of Biane's curve below x."""
+    return float(_below(jnp.asarray(x), jnp.asarray(delta), law))
 
 
 @quickly_compiled()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,22 +13,16 @@ import pandas as pd
 from jaxtyping import Float
 
 from lora_theory.compilation import double_precision
-from lora_theory.observables import to_plain
+from lora_theory.observables import plain_fields, to_plain
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory import finetuning as lora
-from lora_theory.theory import pretraining as pre
 from lora_theory.theory.averages import Averages
-from lora_theory.theory.branches import (
-    HELD,
-    BranchErrors,
-    FinetuningNodes,
-    branch_prediction,
-)
+from lora_theory.theory.branches import HELD, BranchErrors, branch_prediction
 from lora_theory.theory.continuation import Curve, follow
 from lora_theory.theory.informed import Branches
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import (
-    check_tokens,
+    check_predictable,
     flagged,
     frozen_weights,
     pretraining_averages,
@@ -40,6 +33,7 @@ from lora_theory.theory.results import FinetuningPrediction, PretrainingPredicti
 from lora_theory.theory.roots import Root, refine, root_at
 from lora_theory.theory.stability import finetuning_stability, pretraining_stability
 from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Constants
 
 __all__ = ["Continuation", "continuation"]
 
@@ -79,9 +73,7 @@ class Continuation:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
-        entries = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        plain: dict[str, Any] = to_plain(entries)
-        return plain
+        return plain_fields(self)
 
 
 def continuation(
@@ -122,7 +114,7 @@ def continuation(
         >>> curve.folds, curve.table["overlap"].between(0.9, 1.0).all().item()
         ((), True)
     """
-    check_tokens(problem.tokens)
+    check_predictable(problem)
     value, ends = _checked(problem, over, within, branch)
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     kind = _Pretraining if branch == "pretraining" else _Finetuning
@@ -227,7 +219,7 @@ class _Pretraining:
     def prediction(self, value: float, x: Float[np.ndarray, " 3"]) -> PretrainingPrediction:
         problem, averages = self._at(value), self.averages(value, None)
         root = _polished(averages, x, self._discretisation.tolerance)
-        weights, constants = frozen_weights(problem, root), pre.Constants.of(problem)
+        weights, constants = frozen_weights(problem, root), Constants.of(problem)
         found = pretraining_prediction(problem, root, weights, self._discretisation)
         stability = pretraining_stability(averages, root, constants, problem.tokens)
         return Units.of(problem).pretraining(flagged(found, stability))
@@ -241,28 +233,20 @@ class _Finetuning:
     ) -> None:
         self._problem, self._over, self._branch = problem, over, branch
         self._discretisation = discretisation
-        self._nodes = functools.lru_cache(maxsize=8)(self._nodes_at)
+        self._branches = functools.lru_cache(maxsize=8)(self._branches_at)
 
     def _at(self, value: float) -> Problem:
         return self._problem.replace({self._over: value})
 
-    def _nodes_at(self, value: float) -> FinetuningNodes:
-        problem = self._at(value)
-        assert problem.finetuning is not None
-        root = solve_pretraining(problem.replace(finetuning=None), self._discretisation)
-        return FinetuningNodes(
-            Units.of(problem).stage(problem.finetuning), frozen_weights(problem, root),
-            problem.tokens, problem.activation, self._discretisation,
-        )  # fmt: skip
+    def _branches_at(self, value: float) -> Branches:
+        return Branches(self._at(value), self._discretisation)
 
     def start(self, value: float) -> Float[np.ndarray, " 3"]:
-        problem = self._at(value)
-        assert problem.finetuning is not None
-        branches = Branches(problem, self._discretisation)
+        branches = self._branches(value)
         solve: Callable[[float], Root] = getattr(branches, self._branch)
         root = solve(branches.stage.samples)
         informed = self._branch == "uninformed" or root.observables[_OVERLAP] > _INFORMED
-        if not root.is_good(self._discretisation.tolerance) or not informed:
+        if not root.is_good(branches.tolerance) or not informed:
             raise ProblemError(
                 f'branch = "{self._branch}" is not allowed here: at {self._over} = {value:g} there '
                 "is no such solution; begin where predict(…).branches has it"
@@ -270,21 +254,19 @@ class _Finetuning:
         return root.unknowns
 
     def averages(self, value: float, like: Averages | None) -> Averages:
-        averages = self._nodes(value).averages(HELD[self._branch])
+        averages = self._branches(value).nodes.averages(HELD[self._branch])
         return averages if like is None else averages.like(like)
 
     def has_left(self, observables: Float[np.ndarray, "R K"]) -> bool:
         return self._branch == "informed" and bool(observables[:, _OVERLAP].mean() < _INFORMED)
 
     def prediction(self, value: float, x: Float[np.ndarray, " 3"]) -> FinetuningPrediction:
-        problem, nodes, averages = self._at(value), self._nodes(value), self.averages(value, None)
-        alone = problem.replace(finetuning=None)
-        weights = frozen_weights(problem, solve_pretraining(alone, self._discretisation))
-        root = _polished(averages, x, self._discretisation.tolerance)
+        problem, at, averages = self._at(value), self._branches(value), self.averages(value, None)
+        root = _polished(averages, x, at.tolerance)
         errors = BranchErrors(
-            weights, nodes.task.signal, problem.tokens, problem.activation, self._discretisation
-        )
-        tolerance = self._discretisation.tolerance
-        found = branch_prediction(self._branch, root, errors, tolerance, math.nan)
-        stability = finetuning_stability(averages, root, nodes.task)
+            at.weights, at.nodes.task.signal, problem.tokens, problem.activation,
+            self._discretisation,
+        )  # fmt: skip
+        found = branch_prediction(self._branch, root, errors, at.tolerance, math.nan)
+        stability = finetuning_stability(averages, root, at.nodes.task)
         return Units.of(problem).finetuning(flagged(found, stability))

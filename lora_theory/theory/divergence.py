@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lora_theory.compilation import quickly_compiled
 from lora_theory.theory.law_nodes import law_nodes
-from lora_theory.theory.pretraining import Constants, kept_at
+from lora_theory.theory.weights import Constants, kept_at
 
 __all__ = ["spectral_divergence", "squared_divergence"]
 

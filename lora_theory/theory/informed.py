@@ -22,7 +22,7 @@ from lora_theory.theory.branches import FinetuningNodes, growth_by_block
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import frozen_weights, solve_pretraining
 from lora_theory.theory.results import Stability
-from lora_theory.theory.roots import Root, first_good, refine, solve, standard_error
+from lora_theory.theory.roots import Root, first_good, refine, root_at, solve, standard_error
 from lora_theory.theory.stability import finetuning_stability
 from lora_theory.theory.units import Units
 
@@ -71,16 +71,22 @@ class InformedCurve(NamedTuple):
 
 
 class Branches:
-    """The branches of LoRA at any number of samples, on one set of nodes."""
+    """The branches of LoRA at any number of samples, on one set of nodes.
+
+    Attributes:
+        stage: the fine-tuning, in the units of the equations.
+        weights: frozen by the pre-training.
+        nodes: the equations at the samples of the problem.
+    """
 
     def __init__(self, problem: Problem, discretisation: Discretisation) -> None:
         assert problem.finetuning is not None
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         self.stage: Finetuning = Units.of(problem).stage(problem.finetuning)
-        self._nodes = FinetuningNodes(
-            self.stage, frozen_weights(problem, root), problem.tokens, problem.activation,
-            discretisation,
-        )  # fmt: skip
+        self.weights = frozen_weights(problem, root)
+        self.nodes = FinetuningNodes(
+            self.stage, self.weights, problem.tokens, problem.activation, discretisation
+        )
         self.tolerance = discretisation.tolerance
         self._uninformed: dict[float, Root] = {}
 
@@ -89,7 +95,7 @@ class Branches:
         return self._under(samples).averages(held)
 
     def _under(self, samples: float) -> FinetuningNodes:
-        return self._nodes.under(dataclasses.replace(self.stage, samples=samples))
+        return self.nodes.under(dataclasses.replace(self.stage, samples=samples))
 
     def informed(self, samples: float) -> Root:
         """The informed root, wherever it leads: its overlap may be 0."""
@@ -117,7 +123,7 @@ class Branches:
         start = [math.log(s * math.sqrt(self.stage.signal)), m, math.log(_START_V)]
         return solve(
             averages, np.array(start), tolerance=self.tolerance,
-            coarse=self._nodes.coarse, relaxation=lora.relaxation, thorough=False,
+            coarse=self.nodes.coarse, relaxation=lora.relaxation, thorough=False,
         )  # fmt: skip
 
     def growth(self, samples: float) -> tuple[float, float]:
@@ -144,12 +150,7 @@ class Branches:
     def stability(self, point: InformedPoint) -> Stability:
         """Of the informed branch."""
         averages = self.averages(point.samples, lora.INFORMED)
-        values = averages.at(point.unknowns, search=True)
-        same = np.tile(point.unknowns, (len(values.residual), 1))
-        root = Root(
-            point.unknowns, same, values.size, float(standard_error(values.residual).max()),
-            values.observables.mean(axis=0), values.observables,
-        )  # fmt: skip
+        root = root_at(point.unknowns, averages.at(point.unknowns, search=True))
         return finetuning_stability(averages, root, self._under(point.samples).task)
 
 

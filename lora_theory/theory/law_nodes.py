@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Complex, Float
 
-from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law
-from lora_theory.theory.bands import curve, real_bands
-from lora_theory.theory.convolution import boundary
+from lora_theory.theory.bands import curve, point_below, real_bands
 
 __all__ = ["LawNodes", "law_nodes"]
 
@@ -49,6 +47,7 @@ def law_nodes(delta: float, law: Law, corners: Sequence[float] = ()) -> LawNodes
         delta: δ. law: of S0. corners: x at which the integrand is not smooth.
 
     Example:
+        >>> import jax
         >>> from lora_theory.laws import Wishart
         >>> with jax.enable_x64(True):
         ...     nodes = law_nodes(0.1, Wishart(0.25))  # a band around 0 and one above
@@ -56,7 +55,7 @@ def law_nodes(delta: float, law: Law, corners: Sequence[float] = ()) -> LawNodes
         >>> bool(abs(nodes.weights.sum() - 1) < 1e-9), bool(abs(below - 0.75) < 1e-9)
         (True, True)
     """
-    at_corners = [float(_boundary(jnp.asarray(x), jnp.asarray(delta), law)) for x in corners]
+    at_corners = [point_below(x, delta, law) for x in corners]
     # where ρ itself is not smooth, μ_δ bends sharply
     own = law.bands()
     sharp = [end for band in own for end in band if math.isfinite(end)]
@@ -91,8 +90,3 @@ def _rule(left: float, right: float, scale: float) -> Float[np.ndarray, "2 point
         return np.stack([left + scale * np.exp(inner), scale * np.exp(inner) * slope])
     half = (right - left) / 2
     return np.stack([left + half * (1 + np.tanh(inner)), half * slope / np.cosh(inner) ** 2])
-
-
-@quickly_compiled()
-def _boundary(x: Array, delta: Array, law: Law) -> Array:
-    return boundary(x, delta, law).real

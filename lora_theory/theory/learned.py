@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from lora_theory.arguments import checked_integer
 from lora_theory.compilation import double_precision
-from lora_theory.observables import to_plain
+from lora_theory.observables import plain_fields
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.status import Status
 from lora_theory.theory.merged import MergedOutlier, merged_outlier
-from lora_theory.theory.nodes import Discretisation, checked_integer
-from lora_theory.theory.predict import check_problem, predict, solve_pretraining
+from lora_theory.theory.nodes import Discretisation
+from lora_theory.theory.predict import check_predictable, predict, solve_pretraining
 from lora_theory.theory.results import FinetuningPrediction
 from lora_theory.theory.roots import standard_error
 from lora_theory.theory.shrunk import Outlier, Shrunk, shrunk_spectrum
@@ -69,11 +69,7 @@ class LearnedSpectrum:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values under the attribute names; what JSON cannot hold is None."""
-        return {
-            entry.name: to_plain(value.tolist() if isinstance(value, np.ndarray) else value)
-            for entry in dataclasses.fields(self)
-            for value in [getattr(self, entry.name)]
-        }
+        return plain_fields(self)
 
 
 def spectrum(
@@ -114,7 +110,7 @@ def spectrum(
         >>> outlier.eigenvalue > learned.bands[-1][1], 0 < outlier.squared_overlap < 1
         (True, True)
     """
-    check_problem(problem)
+    check_predictable(problem)
     points = checked_integer("points", points, _FEWEST_POINTS)
     if dim is not None:
         dim = checked_integer("dim", dim, 1)

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from scipy.special import ndtri
 from scipy.stats import qmc
 
+from lora_theory.arguments import checked_integer, is_integer
 from lora_theory.problem import ProblemError
 
-__all__ = ["Discretisation", "checked_integer", "coarse_chunks", "gaussian_blocks"]
+__all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
 
 #: Sobol points per block (each is used with its mirror image), by number of tokens.
 _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 2048}, 512
@@ -24,17 +25,6 @@ _CHUNKS, _SMALLEST_CHUNK = {1: 1024, 2: 512, 3: 256}, 128
 _COARSE, _FEWEST_COARSE = {1: 256, 2: 256, 3: 256}, 128
 #: Of all blocks together, beyond which they do not fit into memory.
 _MOST_POINTS = 2**24
-
-
-def checked_integer(name: str, value: Any, smallest: int) -> int:
-    """``value`` as an int, or a :class:`ProblemError` that says what is allowed."""
-    if not _is_integer(value) or value < smallest:
-        raise ProblemError(f"{name} = {value!r} is not allowed: it must be an integer ≥ {smallest}")
-    return int(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_share(value: Any) -> bool:
@@ -52,7 +42,7 @@ class Discretisation(NamedTuple):
     @classmethod
     def checked(cls, nodes: int | None, blocks: int, seed: int, tolerance: float) -> Self:
         """The settings, or a :class:`ProblemError` that names the one that is not allowed."""
-        if nodes is not None and (not _is_integer(nodes) or nodes < 16 or nodes & (nodes - 1)):
+        if nodes is not None and (not is_integer(nodes) or nodes < 16 or nodes & (nodes - 1)):
             raise ProblemError(f"nodes = {nodes!r} is not allowed: it must be a power of two ≥ 16")
         blocks = checked_integer("blocks", blocks, 2)
         if (nodes or 1) * blocks > _MOST_POINTS:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 
+from lora_theory.arguments import check_problem
 from lora_theory.compilation import double_precision
 from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError
 from lora_theory.status import Status
@@ -31,9 +32,10 @@ from lora_theory.theory.results import (
 from lora_theory.theory.roots import Root, first_good, solve, standard_error, with_jumps
 from lora_theory.theory.stability import pretraining_stability
 from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Constants, kept_at, weights_at
 
 __all__ = [
-    "check_problem",
+    "check_predictable",
     "check_tokens",
     "finetune",
     "frozen_weights",
@@ -88,7 +90,7 @@ def predict(
         True
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
-    check_problem(problem)
+    check_predictable(problem)
     with double_precision():
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
@@ -226,10 +228,9 @@ def _check_noise(noise: EffectiveNoise) -> None:
         )
 
 
-def check_problem(problem: Problem) -> None:
+def check_predictable(problem: Problem) -> None:
     """Refuse what is no problem, or one with too many tokens."""
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     check_tokens(problem.tokens)
 
 
@@ -243,7 +244,7 @@ def check_tokens(tokens: int) -> None:
 
 def pretraining_averages(problem: Problem, discretisation: Discretisation) -> tuple[Averages, int]:
     """The equations of stage one on nodes, and the number of chunks to look for a root on."""
-    constants, tokens = pre.Constants.of(problem), problem.tokens
+    constants, tokens = Constants.of(problem), problem.tokens
     if problem.activation == "linear":
         return Averages(pre.LinearPretraining(constants, tokens=tokens), [None], 1), 1
     n = field_count(tokens, problem.activation)
@@ -286,7 +287,7 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
 @functools.lru_cache(maxsize=256)
 def _pretraining_stability(problem: Problem, discretisation: Discretisation) -> Stability:
     """That of the root of stage one; ``problem`` without fine-tuning."""
-    root, constants = solve_pretraining(problem, discretisation), pre.Constants.of(problem)
+    root, constants = solve_pretraining(problem, discretisation), Constants.of(problem)
     if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
         return Stability(0.0, 0.0, 0.0, 0.0)  # nothing is learnt, and nothing answers
     averages, _ = pretraining_averages(problem, discretisation)
@@ -331,7 +332,7 @@ def pretraining_prediction(
         values |= {"Q": 0.0, "M": 0.0, "V": 0.0, "overlap": math.nan}
         status = Status.COLLAPSED if status.is_solved else status
     else:
-        rank = pre.kept_at(root.unknowns, pre.Constants.of(problem)).rank
+        rank = kept_at(root.unknowns, Constants.of(problem)).rank
     return PretrainingPrediction(
         status=status,
         residual=root.residual,
@@ -343,12 +344,12 @@ def pretraining_prediction(
 
 def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     """Q, M and V at the roots of the single blocks."""
-    constants = pre.Constants.of(problem)
+    constants = Constants.of(problem)
     order = [pre.OBSERVABLES.index(name) for name in ("Q", "M", "V")]
     if root.observables[order[0]] < _COLLAPSED:
         values = np.zeros((3, len(root.block_unknowns)))
     else:
-        values = np.array([pre.weights_at(x, constants).values[:3] for x in root.block_unknowns]).T
+        values = np.array([weights_at(x, constants).values[:3] for x in root.block_unknowns]).T
     Q, M, V = values
     return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling)
 

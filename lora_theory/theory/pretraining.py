@@ -8,7 +8,6 @@ included.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,8 +18,6 @@ from jaxtyping import Array, Float
 
 from lora_theory.attention import attention
 from lora_theory.compilation import quickly_compiled
-from lora_theory.laws import Law, law_of
-from lora_theory.problem import Problem
 from lora_theory.theory.averages import BlockValues, Equations
 from lora_theory.theory.errors import effective_noise
 from lora_theory.theory.fields import field_basis, to_fields
@@ -30,33 +27,20 @@ from lora_theory.theory.proximal import (
     softmax_field_minima,
     softmax_field_proximal,
 )
-from lora_theory.theory.regularizers import (
-    Frobenius,
-    NarrowFactor,
-    NuclearNorm,
-    Regularizer,
-    WeightDecay,
-)
 from lora_theory.theory.roots import log_ratio
-from lora_theory.theory.separable import Separable, separable_nodes, separable_weights
-from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Channel, Constants, LastWeights, Weights
 
 __all__ = [
     "OBSERVABLES",
     "SMALLEST_VARIANCE",
-    "Constants",
     "Labels",
     "LinearPretraining",
     "SoftmaxPretraining",
     "block_means",
     "frozen_coordinates",
-    "kept_at",
     "paired",
     "relaxation",
     "smooth_response",
-    "weight_potential",
-    "weight_side",
-    "weights_at",
     "with_jacobian",
 ]
 
@@ -69,150 +53,6 @@ OBSERVABLES = (
 # floors that keep the equations finite where the weights vanish: S² and V
 _SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
 _EPSILON = float(np.finfo(float).eps)
-
-
-class Channel(NamedTuple):
-    """What the output side of the equations contains of a problem."""
-
-    samples: float  # α
-    label_variance: float  # Q0 + Δ/2, variance of z^y
-    teacher_square: float | Array  # Q0
-
-
-class Constants(NamedTuple):
-    """What the equations of pre-training contain of a problem, without temperatures (Units)."""
-
-    samples: float  # α
-    label_variance: float  # Q0 + Δ/2, variance of z^y
-    law: Law  # of S0 …
-    teacher_scale: float  # … which is multiplied by τ0
-    regularizer: Regularizer | Separable
-
-    @classmethod
-    def of(cls, problem: Problem) -> Constants:
-        """The constants of ``problem``."""
-        stage, units, law = problem.pretraining, Units.of(problem), law_of(problem)
-        kind: Regularizer | Separable
-        if stage.regularizer == "weight_decay":
-            kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
-            if stage.rank < 1:
-                kind = NarrowFactor(kind, stage.rank)
-        elif stage.regularizer == "frobenius":
-            kind = Frobenius(stage.penalty / units.student**2)
-        elif stage.regularizer == "nuclear_norm":
-            kind = NuclearNorm(stage.penalty / units.student)
-        else:
-            assert stage.function is not None
-            kind = Separable(stage.function, stage.penalty, units.student)
-        variance = float(law.moments()[1]) + problem.label_noise / 2
-        return cls(stage.samples, units.teacher**2 * variance, law, units.teacher, kind)
-
-    @property
-    def channel(self) -> Channel:
-        """What the output side needs of them."""
-        Q0 = self.teacher_scale**2 * self.law.moments()[1]
-        return Channel(self.samples, self.label_variance, Q0)
-
-
-def weight_potential(
-    Q_hat: Float[Array, ""],
-    M_hat: Float[Array, ""],
-    V_hat: Float[Array, ""],
-    constants: Constants,
-) -> Float[Array, ""]:
-    """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
-    assert not isinstance(constants.regularizer, Separable)  # which is not traced: weights_at
-    scale, law = constants.teacher_scale, constants.law
-    return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
-
-
-def weight_side(
-    Q_hat: Float[Array, ""],
-    M_hat: Float[Array, ""],
-    V_hat: Float[Array, ""],
-    constants: Constants,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Q = −4∂Ψ/∂V̂, M = 2∂Ψ/∂M̂, V = 4∂Ψ/∂Q̂ (docs/theory.md, section 2)."""
-    slopes = jax.grad(weight_potential, argnums=(0, 1, 2))(Q_hat, M_hat, V_hat, constants)
-    return -4 * slopes[2], 2 * slopes[1], 4 * slopes[0]
-
-
-class Weights(NamedTuple):
-    """(Q, M, V, Ψ) at log(Q̂, M̂, V̂), and their slopes there."""
-
-    unknowns: Float[Array, " 3"]
-    values: Float[Array, " 4"]
-    slopes: Float[Array, "4 3"]
-
-    def near(self, unknowns: Float[Array, " 3"]) -> Float[Array, " 4"]:
-        """The same to first order."""
-        return self.values + self.slopes @ (unknowns - self.unknowns)
-
-
-@quickly_compiled()
-def _weights_at(unknowns: Array, constants: Constants) -> Weights:
-    def values(unknowns: Array) -> tuple[Array, Array]:
-        Q_hat, M_hat, V_hat = jnp.exp(unknowns)
-        order = weight_side(Q_hat, M_hat, V_hat, constants)
-        found = jnp.stack([*order, weight_potential(Q_hat, M_hat, V_hat, constants)])
-        return found, found
-
-    slopes, found = jax.jacfwd(values, has_aux=True)(unknowns)
-    return Weights(unknowns, found, slopes)
-
-
-def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weights:
-    """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
-    at, kind = jnp.asarray(unknowns), constants.regularizer
-    if isinstance(kind, Separable):
-        found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
-        return Weights(at, *map(jnp.asarray, found))
-    solved: Weights = _weights_at(at, constants)
-    return solved
-
-
-class _LastWeights:
-    """The weights at the last unknowns: all chunks of nodes ask for the same."""
-
-    def __init__(self, constants: Constants) -> None:
-        self._constants = constants
-        self._last: tuple[bytes, Weights] | None = None
-
-    def at(self, unknowns: Float[np.ndarray, " 3"]) -> Weights:
-        name, last = np.asarray(unknowns).tobytes(), self._last
-        if last is None or last[0] != name:
-            last = self._last = name, weights_at(unknowns, self._constants)
-        return last[1]
-
-
-@quickly_compiled()
-def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
-    kind = constants.regularizer
-    assert not isinstance(kind, Separable)
-    Q_hat, M_hat, _ = jnp.exp(unknowns)
-    at = Q_hat, constants.teacher_scale * M_hat, constants.law
-    return kind.learned_rank(*at), *kind.dead_zone(*at)
-
-
-class Kept(NamedTuple):
-    """Which eigenvalues y of Y the penalty leaves, s(y) ≠ 0, and where s(y) is not smooth."""
-
-    rank: float  # share of those that are left
-    dead_zone: tuple[float, float]  # the y that become 0; equal ends where none do
-    corners: tuple[float, ...]  # ends of the dead zone and other places
-    jumps: bool  # whether s jumps where there are eigenvalues
-
-
-def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
-    """What is kept at log(Q̂, M̂, V̂)."""
-    kind = constants.regularizer
-    if isinstance(kind, Separable):
-        nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
-        return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
-    rank, low, high = map(float, _kept_at(jnp.asarray(unknowns), constants))
-    corners = tuple(y for y in (low, high) if math.isfinite(y) and low < high)
-    cut = isinstance(kind, NarrowFactor) and high > 2 * float(kind.decay.scaled_penalty)
-    return Kept(rank, (low, high), corners, cut)
 
 
 def paired(
@@ -392,7 +232,7 @@ class LinearPretraining(Equations):
     """Relative residuals of (Q̂, M̂, V̂) and all observables at log(Q̂, M̂, V̂): closed."""
 
     def __init__(self, constants: Constants, *, tokens: int) -> None:
-        self._weights, self._channel = _LastWeights(constants), constants.channel
+        self._weights, self._channel = LastWeights(constants), constants.channel
         self._tokens = tokens
 
     def values(self, unknowns: Float[np.ndarray, " 3"], chunk: None, minima: None) -> BlockValues:
@@ -407,7 +247,7 @@ class SoftmaxPretraining(Equations):
     further = 2
 
     def __init__(self, constants: Constants, *, tokens: int, blocks: int) -> None:
-        self._weights, self._channel = _LastWeights(constants), constants.channel
+        self._weights, self._channel = LastWeights(constants), constants.channel
         self._tokens, self._blocks = tokens, blocks
 
     def likely(self, unknowns: Float[np.ndarray, " 3"], chunk: Labels) -> Array:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Complex, Float
 from lora_theory.compilation import quickly_compiled
 from lora_theory.expression import Expression
 from lora_theory.laws import Law
-from lora_theory.theory.bands import real_bands, real_transform
+from lora_theory.theory.bands import edge, real_bands
 from lora_theory.theory.law_nodes import law_nodes
 
 __all__ = [
@@ -229,12 +229,8 @@ def separable_nodes(
     reach = _FAR * math.sqrt(second + delta**2)
     bands = real_bands(delta, law)
     ends = [max(bands[0][0], mean - reach), min(bands[-1][1], mean + reach)]
-    edges = [
-        u + delta**2 * real_transform(u, law)[0] for band in bands for u in band if math.isfinite(u)
-    ]
-    low, high = (
-        u + delta**2 * real_transform(u, law)[0] if u in bands[0] + bands[-1] else u for u in ends
-    )
+    edges = [edge(u, delta, law) for band in bands for u in band if math.isfinite(u)]
+    low, high = (edge(u, delta, law) if u in bands[0] + bands[-1] else u for u in ends)
     corners, jumps = _corners(signal * low, signal * high, V_hat, kind, signal * np.array(edges))
     x, weights, transform = law_nodes(delta, law, (corners / signal).tolist())
     y = signal * x

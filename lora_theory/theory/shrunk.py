@@ -22,10 +22,10 @@ from numpy.typing import ArrayLike
 from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law
 from lora_theory.problem import Problem, ProblemError
-from lora_theory.theory.bands import curve, detached, real_bands, real_transform
-from lora_theory.theory.convolution import boundary, quantile, tail_moment
-from lora_theory.theory.pretraining import Constants, kept_at
+from lora_theory.theory.bands import curve, detached, edge, point_below, real_bands, real_transform
+from lora_theory.theory.convolution import quantile, tail_moment
 from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Constants, kept_at
 
 __all__ = ["Outlier", "Shrunk", "shrunk_spectrum"]
 
@@ -84,11 +84,6 @@ class Shrunk(NamedTuple):
 
 
 @quickly_compiled()
-def _boundary(x: Array, delta: Array, law: Law) -> Array:
-    return boundary(x, delta, law)
-
-
-@quickly_compiled()
 def _far(delta: Array, law: Law) -> tuple[Array, Array, tuple[Array, ...]]:
     """The x with the share _BEYOND above it, Re w there, and the moments of the rest about it."""
     x, start = quantile(jnp.asarray(_BEYOND), delta, law)
@@ -116,7 +111,7 @@ def shrunk_spectrum(unknowns: Float[np.ndarray, " 3"], problem: Problem, points:
         return signal * np.asarray(by_y) / units.student
 
     bands = real_bands(delta, law)
-    corners = [_u_of(y / signal, delta, law) for y in kept.corners]
+    corners = [point_below(y / signal, delta, law) for y in kept.corners]
     pieces = [
         piece
         for band in bands
@@ -173,22 +168,12 @@ def _kept(
     band: tuple[float, float], low: float, high: float, delta: float, law: Law
 ) -> list[tuple[float, float]]:
     """What is left of a band, given by its u, without the x from ``low`` to ``high``."""
-    ends = [_x_of(u, delta, law) for u in band]
+    ends = [edge(u, delta, law) for u in band]
     if low >= high or high <= ends[0] or low >= ends[1]:
         return [band]
-    left = [(band[0], _u_of(low, delta, law))] if low > ends[0] else []
-    right = [(_u_of(high, delta, law), band[1])] if high < ends[1] else []
+    left = [(band[0], point_below(low, delta, law))] if low > ends[0] else []
+    right = [(point_below(high, delta, law), band[1])] if high < ends[1] else []
     return left + right
-
-
-def _u_of(x: float, delta: float, law: Law) -> float:
-    """The u below x."""
-    return float(_boundary(jnp.asarray(x), jnp.asarray(delta), law).real)
-
-
-def _x_of(u: float, delta: float, law: Law) -> float:
-    """The edge H(u)."""
-    return u if math.isinf(u) else u + delta**2 * real_transform(u, law)[0]
 
 
 def _grid(
@@ -248,7 +233,7 @@ def _visible(
         if math.isinf(u) or (dead[0] < dead[1] and math.isinf(cut)):
             thresholds.append(None)
             continue
-        beyond = dead[0] < dead[1] and side * (cut - _x_of(u, delta, law)) > 0
-        w = _u_of(cut, delta, law) if beyond else u
+        beyond = dead[0] < dead[1] and side * (cut - edge(u, delta, law)) > 0
+        w = point_below(cut, delta, law) if beyond else u
         thresholds.append(1 / real_transform(w, law)[0])
     return thresholds[0], thresholds[1]

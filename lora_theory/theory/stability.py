@@ -34,6 +34,7 @@ from lora_theory.theory.proximal import (
 )
 from lora_theory.theory.results import Stability
 from lora_theory.theory.roots import Root, standard_error
+from lora_theory.theory.weights import Constants
 
 __all__ = ["Stability", "finetuning_stability", "pretraining_stability"]
 
@@ -88,7 +89,7 @@ def finetuning_stability(averages: Averages, root: Root, task: lora.Task) -> Sta
 
 
 def pretraining_stability(
-    averages: Averages, root: Root, constants: pre.Constants, tokens: int
+    averages: Averages, root: Root, constants: Constants, tokens: int
 ) -> Stability:
     """2α E‖∂_zG‖²_F ∬((s(x) − s(y))/(x − y))² dμdμ of pre-training, s = f/V̂, with its jump mass.
 
@@ -108,7 +109,7 @@ def pretraining_stability(
         >>> from lora_theory.theory.predict import pretraining_averages, solve_pretraining
         >>> problem = Problem(tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.5,
         ...                   pretraining=Pretraining(samples=0.2, penalty=0.02))
-        >>> settings, constants = Discretisation(None, 8, 0, 1e-10), pre.Constants.of(problem)
+        >>> settings, constants = Discretisation(None, 8, 0, 1e-10), Constants.of(problem)
         >>> with jax.enable_x64(True):
         ...     averages, _ = pretraining_averages(problem, settings)
         ...     root = solve_pretraining(problem, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,17 +15,17 @@ from jaxtyping import Array
 from scipy.optimize import brentq
 
 from lora_theory.compilation import double_precision, quickly_compiled
-from lora_theory.observables import to_plain
+from lora_theory.observables import plain_fields
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.coexistence import NAMES, Coexistence, coexistence
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import Discretisation
-from lora_theory.theory.predict import check_tokens
-from lora_theory.theory.pretraining import Constants
+from lora_theory.theory.predict import check_predictable
 from lora_theory.theory.regularizers import Frobenius, NarrowFactor, NuclearNorm, WeightDecay
 from lora_theory.theory.roots import standard_error
 from lora_theory.theory.separable import Separable
 from lora_theory.theory.units import Units
+from lora_theory.theory.weights import Constants
 
 __all__ = ["Thresholds", "thresholds"]
 
@@ -63,9 +62,7 @@ class Thresholds:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
-        entries = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        plain: dict[str, Any] = to_plain(entries)
-        return plain
+        return plain_fields(self)
 
 
 class _Found(NamedTuple):
@@ -113,7 +110,7 @@ def thresholds(
         >>> found.reasons["informed_appears"]
         'there is no fine-tuning: give finetuning.samples and finetuning.penalty'
     """
-    check_tokens(problem.tokens)
+    check_predictable(problem)
     if (dim is None) != (seeds is None):
         given, missing = ("dim", "seeds") if seeds is None else ("seeds", "dim")
         raise ProblemError(

@@ -12,6 +12,7 @@ from lora_theory import (
     Status,
     Teacher,
     compare,
+    continuation,
     finetune,
     measure_noise,
     predict,
@@ -19,6 +20,7 @@ from lora_theory import (
     sample_pretrained,
     simulate,
     spectrum,
+    thresholds,
 )
 from lora_theory.simulation.message_passing import message_passing
 from lora_theory.symbolic import wishart_moment, write_latex
@@ -49,6 +51,11 @@ REFUSED = {
     "predict_many": (lambda: predict_many(ALONE), ["problems = Problem(", "several Problems"]),
     "predict_many of names": (lambda: predict_many(["x"]), ["problem = 'x' must be a Problem"]),
     "spectrum": (lambda: spectrum("x"), ["problem = 'x' must be a Problem"]),
+    "thresholds": (lambda: thresholds("x"), ["problem = 'x' must be a Problem"]),
+    "continuation": (
+        lambda: continuation("x", "label_noise", within=(0.1, 1.0)),
+        ["problem = 'x' must be a Problem"],
+    ),
     "compare": (lambda: compare("x", 8, 2), ["problem = 'x' must be a Problem"]),
     "dims by name": (lambda: compare(ALONE, "60", 2), ["dim = '60'", "an integer ≥ 4"]),
     # settings

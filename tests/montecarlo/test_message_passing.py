@@ -20,13 +20,13 @@ from lora_theory.simulation.passing import (
 from lora_theory.simulation.pretraining import pretraining_data
 from lora_theory.simulation.sizes import Sizes
 from lora_theory.theory import finetuning as lora
-from lora_theory.theory import pretraining as pre
 from lora_theory.theory.branches import FinetuningNodes
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import frozen_weights, pretraining_averages, solve_pretraining
 from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.roots import solve
 from lora_theory.theory.stability import finetuning_stability, pretraining_stability
+from lora_theory.theory.weights import Constants, weights_at
 
 SETTINGS = Discretisation(256, 8, 0, 1e-9)
 
@@ -118,9 +118,9 @@ def evolved_pretraining(asked, first, count):
     """(Q, M, V) of the iterations from the hats of the first on."""
     with jax.enable_x64(True):
         averages, _ = pretraining_averages(asked.replace(finetuning=None), SETTINGS)
-        constants, hats, rows = pre.Constants.of(asked), np.log(first), []
+        constants, hats, rows = Constants.of(asked), np.log(first), []
         for _ in range(count):
-            rows.append(pre.weights_at(hats, constants).values[:3])
+            rows.append(weights_at(hats, constants).values[:3])
             hats = hats + np.log(1 + averages.at(hats, search=True).mean)
     return np.array(rows)
 
@@ -195,7 +195,7 @@ def replicons(asked):
     first = asked.replace(finetuning=None)
     with jax.enable_x64(True):
         averages, _ = pretraining_averages(first, SETTINGS)
-        root, constants = solve_pretraining(first, SETTINGS), pre.Constants.of(asked)
+        root, constants = solve_pretraining(first, SETTINGS), Constants.of(asked)
         pretraining = pretraining_stability(averages, root, constants, asked.tokens)
         nodes = FinetuningNodes(
             asked.finetuning, frozen(asked), asked.tokens, asked.activation, SETTINGS

@@ -27,8 +27,8 @@ from lora_theory.theory.finetuning import INFORMED, OBSERVABLES, UNINFORMED, Lin
 from lora_theory.theory.newton import Expansion, minimise
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks
 from lora_theory.theory.predict import frozen_weights, solve_pretraining
-from lora_theory.theory.pretraining import Constants, weights_at
 from lora_theory.theory.proximal import linear_lora_proximal
+from lora_theory.theory.weights import Constants, weights_at
 
 NODES, BLOCKS = 256, 8
 #: Of the general route.  More blocks: their means have tails.

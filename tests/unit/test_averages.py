@@ -13,12 +13,13 @@ from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import gaussian_blocks
 from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.roots import solve
+from lora_theory.theory.weights import Constants
 
 BLOCKS, POINTS, TOKENS = 4, 32, 2
 #: Blocks are halved, one chunk each, in pairs, and all together.
 LAYOUTS = [(2 * BLOCKS, 1), (BLOCKS, 1), (BLOCKS // 2, 2), (1, BLOCKS)]
 TASK = lora.Task(samples=3.0, penalty=0.2, signal=1.3, label_variance=1.75)
-CONSTANTS = pre.Constants(
+CONSTANTS = Constants(
     samples=0.5,
     label_variance=1.75,
     law=Wishart(0.5),

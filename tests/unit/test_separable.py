@@ -8,7 +8,6 @@ import pytest
 from lora_theory import Pretraining, Problem, ProblemError, predict, simulate, spectrum
 from lora_theory.expression import Expression
 from lora_theory.laws import GOE, Eigenvalues, PowerLaw, Wishart
-from lora_theory.theory import pretraining as pre
 from lora_theory.theory.divergence import spectral_divergence
 from lora_theory.theory.regularizers import Frobenius, NuclearNorm, WeightDecay
 from lora_theory.theory.separable import (
@@ -17,6 +16,7 @@ from lora_theory.theory.separable import (
     separable_nodes,
     separable_weights,
 )
+from lora_theory.theory.weights import Constants, kept_at, weights_at
 
 HATS = np.log([0.5, 1.0, 2.0])
 SCALE = 0.8
@@ -71,12 +71,12 @@ def test_derivative_is_that_of_differences(function):
 )
 def test_named_penalties_have_their_closed_forms(function, law):
     with jax.enable_x64(True):
-        constants = pre.Constants(1.0, 1.5, law, SCALE, NAMED[function])
-        closed = pre.weights_at(HATS, constants)
+        constants = Constants(1.0, 1.5, law, SCALE, NAMED[function])
+        closed = weights_at(HATS, constants)
         kind = Separable(function, 0.3)
         values, slopes = separable_weights(HATS, law, SCALE, kind)
-        ours = pre.kept_at(HATS, constants._replace(regularizer=kind))
-        kept = pre.kept_at(HATS, constants)
+        ours = kept_at(HATS, constants._replace(regularizer=kind))
+        kept = kept_at(HATS, constants)
         spread = [
             spectral_divergence(HATS, c) for c in (constants, constants._replace(regularizer=kind))
         ]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lora_theory.laws import Wishart
-from lora_theory.theory.pretraining import Constants, weight_side
 from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.spectrum import learned_rank, stieltjes, truncated_second_moment
+from lora_theory.theory.weights import Constants, weight_side
 
 TEACHER_RANKS = [0.2, 0.5, 1.0, 3.0, 5.0]
 DELTAS = [0.01, 0.05, 0.3, 1.0, 4.0, 20.0]

@@ -17,9 +17,9 @@ import pytest
 from mpmath import mp, mpf
 
 from lora_theory.laws import Wishart
-from lora_theory.theory.pretraining import Constants, weight_side
 from lora_theory.theory.regularizers import WeightDecay
 from lora_theory.theory.spectrum import learned_rank, stieltjes, truncated_second_moment
+from lora_theory.theory.weights import Constants, weight_side
 
 DIGITS = 50
 TEACHER_RANKS = [0.05, 0.2, 0.5, 1.0, 3.0, 20.0]

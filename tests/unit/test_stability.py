@@ -25,6 +25,7 @@ from lora_theory.theory.results import Stability
 from lora_theory.theory.roots import solve
 from lora_theory.theory.spectrum import truncated_second_moment
 from lora_theory.theory.stability import finetuning_stability, pretraining_stability
+from lora_theory.theory.weights import Constants
 
 #: (δ, ε, law): one band or two, the threshold in a band, in the gap, or below all
 CASES = [
@@ -117,7 +118,7 @@ def divergence(**pretraining):
         pretraining=Pretraining(**stage),
     )  # fmt: skip
     with jax.enable_x64(True):
-        return spectral_divergence(np.log([0.5, 1.0, 2.0]), pre.Constants.of(asked))
+        return spectral_divergence(np.log([0.5, 1.0, 2.0]), Constants.of(asked))
 
 
 def test_penalties_have_the_double_integrals_of_their_maps():
@@ -198,7 +199,7 @@ def of_pretraining(problem, *, nodes=64, seed=0):
     settings = Discretisation(nodes, 8, seed, 1e-9)
     with jax.enable_x64(True):
         averages, _ = pretraining_averages(problem, settings)
-        root, constants = solve_pretraining(problem, settings), pre.Constants.of(problem)
+        root, constants = solve_pretraining(problem, settings), Constants.of(problem)
         found = pretraining_stability(averages, root, constants, problem.tokens)
     return found, dict(zip(pre.OBSERVABLES, root.observables, strict=True))
 

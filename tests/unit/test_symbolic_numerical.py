@@ -21,7 +21,7 @@ from lora_theory.symbolic import (
 )
 from lora_theory.symbolic.linear import linear_potential, lora_error
 from lora_theory.symbolic.wishart import inverse_transform
-from lora_theory.theory import finetuning, pretraining
+from lora_theory.theory import finetuning, pretraining, weights
 from lora_theory.theory.errors import Errors, OrderParameters
 from lora_theory.theory.spectrum import stieltjes, truncated_second_moment
 
@@ -33,7 +33,7 @@ PROBLEM = Problem(
     pretraining=Pretraining(samples=0.3, penalty=0.1, rank=0.8),
     finetuning=Finetuning(samples=2.5, penalty=0.15, signal=1.3),
 )
-CONSTANTS = pretraining.Constants.of(PROBLEM)
+CONSTANTS = weights.Constants.of(PROBLEM)
 PENALTY = 0.8**0.5 * 0.1
 HATS = list(itertools.product((0.02, 0.5), (0.4, 3.0), (0.7, 3.2)))
 
@@ -46,7 +46,7 @@ def _double_precision():
 
 _moment = jax.jit(jax.value_and_grad(truncated_second_moment, argnums=(0, 1)))
 _stieltjes = jax.jit(stieltjes)
-_weight_side = jax.jit(pretraining.weight_side)
+_weight_side = jax.jit(weights.weight_side)
 
 
 def package_moment(teacher_rank: float) -> SecondMoment:
@@ -72,11 +72,11 @@ def test_weight_side_with_the_moment_of_the_package():
         arguments,
         moment=package_moment(0.5),
     )
-    weights = jax.jit(pretraining.weight_potential)
+    of_package = jax.jit(weights.weight_potential)
     for hats in HATS:
         *order, term = symbolic(*hats, PENALTY)
         assert close(order, _weight_side(*hats, CONSTANTS))
-        assert close(term, weights(*hats, CONSTANTS))
+        assert close(term, of_package(*hats, CONSTANTS))
 
 
 def test_weight_side_with_the_closed_form():
