@@ -142,6 +142,10 @@ def caption(table: pd.DataFrame) -> str:
     error = (errors["error"] / errors["value"]).max()
     unstable = (errors["status"] == Status.UNSTABLE.value).sum() // 2
     ties = (errors["status"] == Status.TIE.value).sum() // 2
+    crosses = (
+        f"Crosses ({ties} in all): ties, where the potentials of the informed and of another "
+        "branch differ by less than their errors, and either may be the solution. "
+    )
     return (
         "**Figure 1.** Test error E' (label noise included) and overlap o after rank-one LoRA, for "
         "softmax and linear attention. Lines: theory; dotted: frozen weights without LoRA; "
@@ -152,10 +156,8 @@ def caption(table: pd.DataFrame) -> str:
         "vary others, q0, the ranges of the axes). At finite D the errors carry an O(1/√D) offset. "
         f"Largest quadrature error of a theory point: {error:.1%}; "
         f"theory points left out as not converged: {unsolved['level'].count() // 3}. "
-        f"Crosses ({ties} in all): ties, where the potentials of the informed and of another "
-        "branch differ by less than their errors, and either may be the solution. Pale bands "
-        f"({unstable} points in all): the replica-symmetric solution is unstable, by a replicon "
-        "≥ 1 or by jumps that matter. "
+        f"{crosses if ties else ''}Pale bands ({unstable} points in all): the replica-symmetric "
+        "solution is unstable, by a replicon ≥ 1 or by jumps that matter. "
         "Where λ is so large that the weights vanish, the curves no longer depend on it. "
         "The table also holds the lowest of two random starts."
     )
