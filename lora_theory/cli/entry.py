@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProblemError as refusal:
         return _complain(str(refusal), _command_name(arguments))
     except KeyboardInterrupt:
+        _end_open_bars()
         _complain("interrupted", _command_name(arguments))
         return Exit.INTERRUPTED
     except BrokenPipeError:
@@ -75,6 +76,15 @@ def _run(arguments: list[str]) -> int:
         return Exit.SOLVED
     command = COMMANDS[type(parsed).__name__]
     return command.run(given(command, parsed))
+
+
+def _end_open_bars() -> None:
+    """End the line of a bar that was interrupted while it appeared, and let it write no more."""
+    bars = list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []
+    for bar in bars:
+        bar.disable = True
+    if bars and sys.stderr is not None:
+        print(file=sys.stderr)
 
 
 def _check_command(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from tqdm import tqdm
 
 from lora_theory.cli.progress import announced
 
@@ -45,3 +46,19 @@ def test_work_without_stderr_is_done(monkeypatch):
     with announced("working", patience=0.0):
         done.append(True)
     assert done
+
+
+def test_a_bar_that_is_interrupted_while_it_appears_ends_before_the_message(
+    command, problem, monkeypatch, tmp_path
+):
+    def interrupted(bar, *args, **kwargs):
+        monkeypatch.undo()
+        bar.refresh()
+        raise KeyboardInterrupt
+
+    problem.to_toml(tmp_path / "problem.toml")
+    monkeypatch.setattr(tqdm, "refresh", interrupted)
+    answer = command("simulate", tmp_path / "problem.toml", "--dim", 8, "--seeds", 2)
+    assert answer.code == 130
+    assert "seeds at D = 8" in answer.err
+    assert answer.err.endswith("\nlora-theory simulate: interrupted\n")
