@@ -72,6 +72,7 @@ def _validate(part: Any, prefix: str) -> None:
                 raise ProblemError(f"{prefix}{name} is too large: it must be finite") from None
             in_range = number >= 0 if allowed == "≥ 0" else number > 0
             in_range &= not (allowed.endswith("< 0.5") and number >= 0.5)
+            in_range &= not (allowed.endswith("≤ 1") and number > 1)
             if not (math.isfinite(number) and in_range):
                 raise ProblemError(f"{complaint.args[0]} and finite")
             object.__setattr__(part, name, number)
@@ -209,12 +210,42 @@ class Finetuning:
         default="fresh",
         choices=("fresh", "reused"),
     )
+    reused_fraction: float | None = _spec(
+        "r", "share of re-used sequences among them, the others fresh; all if left out",
+        "> 0 and ≤ 1", default=None,
+    )  # fmt: skip
+    noise: str | None = _spec(
+        "",
+        "label noise of re-used sequences: as in pre-training, which is the default, or drawn anew",
+        '"shared" or "redrawn"',
+        default=None,
+        choices=("shared", "redrawn"),
+    )
     rescaling: float = _spec(
         "β", "factor of the frozen weights, W → √β W, S → βS", "> 0", default=1.0
     )
 
     def __post_init__(self) -> None:
         _validate(self, "finetuning.")
+        if self.sequences == "fresh":
+            for name in ("reused_fraction", "noise"):
+                if (value := getattr(self, name)) is not None:
+                    raise ProblemError(
+                        f"finetuning.{name} = {value!r} is not allowed with finetuning.sequences = "
+                        '"fresh": leave it out, or re-use sequences'
+                    )
+
+    @property
+    def reused(self) -> float:
+        """The share of re-used sequences, from 0 to 1."""
+        if self.sequences == "fresh":
+            return 0.0
+        return 1.0 if self.reused_fraction is None else self.reused_fraction
+
+    @property
+    def redraws_noise(self) -> bool:
+        """Whether re-used sequences have other label noise than in pre-training."""
+        return self.noise == "redrawn"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,15 @@ def _thresholds(request: Given) -> int:
     return _deliver(request, found, thresholds_table, True)
 
 
+def _optimize(request: Given) -> int:
+    from lora_theory.cli.tables import optimum_table
+    from lora_theory.theory import optimize
+
+    with announced("looking for the optimum"):
+        found = optimize(_asked(request), **request.settings)
+    return _deliver(request, found, optimum_table, found.status.is_solved)
+
+
 def _simulate(request: Given) -> int:
     from lora_theory.cli.tables import simulation_table
     from lora_theory.simulation import simulate
@@ -298,6 +307,36 @@ COMMANDS = {
                 *_THEORY[:3],
             ),
             _thresholds,
+        ),
+        Command(
+            "optimize",
+            "Find the fields at which an error, the overlap or the effective noise is best.",
+            (
+                Setting(
+                    "over",
+                    "fields to vary",
+                    "one or more names of fields",
+                    "texts",
+                    "FIELD [FIELD ...]",
+                    required=True,
+                ),
+                Setting(
+                    "objective",
+                    "finetuning.overlap is maximised, the others minimised",
+                    metavar="{finetuning.test_error,finetuning.overlap,pretraining.test_error,"
+                    "effective_noise}",
+                    default="finetuning.test_error",
+                ),
+                Setting(
+                    "within",
+                    "ends of the box; by default a hundredth and a hundred times the value",
+                    "one or more FIELD=LOW:HIGH",
+                    "ranges",
+                    "FIELD=LOW:HIGH",
+                ),
+                *_THEORY,
+            ),
+            _optimize,
         ),
         Command(
             "sweep",

@@ -42,7 +42,9 @@ class Setting(NamedTuple):
     name: str
     meaning: str
     allowed: str = ""
-    kind: Literal["integer", "natural", "integers", "number", "text", "switch", "file"] = "text"
+    kind: Literal[
+        "integer", "natural", "integers", "number", "text", "texts", "ranges", "switch", "file"
+    ] = "text"
     metavar: str = "TEXT"
     default: Any = None  # for the help; the call knows its default itself
     required: bool = False
@@ -145,7 +147,9 @@ def _problem(parsed: Any) -> Problem:
 def _converted(setting: Setting, value: Any) -> Any:
     if setting.kind == "integers":
         return [_converted(setting._replace(kind="integer"), text) for text in value]
-    if setting.kind in ("text", "switch", "file"):
+    if setting.kind == "ranges":
+        return dict(_range(setting, text) for text in value)
+    if setting.kind in ("text", "texts", "switch", "file"):
         return value
     converted = number(value)
     wrong = not isinstance(converted, int) and (
@@ -156,6 +160,17 @@ def _converted(setting: Setting, value: Any) -> Any:
             f"{setting.name} = {converted!r} is not allowed: it must be {setting.allowed}"
         )
     return converted
+
+
+def _range(setting: Setting, text: str) -> tuple[str, tuple[Any, Any]]:
+    """A name and two numbers from NAME=LOW:HIGH."""
+    name, _, ends = text.partition("=")
+    low, colon, high = ends.partition(":")
+    if not (name and colon):
+        raise ProblemError(
+            f"{setting.name} = {text!r} is not allowed: it must be {setting.allowed}"
+        )
+    return name, (number(low), number(high))
 
 
 # -- classes for tyro --------------------------------------------------------------------------
@@ -196,7 +211,7 @@ def _problem_field(spec: FieldSpec) -> Any:
 def _setting_field(setting: Setting) -> Any:
     kind, default = {
         "switch": (bool, False),
-        "integers": (tuple[str, ...], ()),
+        **dict.fromkeys(("integers", "texts", "ranges"), (tuple[str, ...], ())),
     }.get(setting.kind, (str, None))
     hint = "(required)" if setting.required else ""
     if setting.default is not None:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lora_theory.simulation import Simulation
     from lora_theory.sweeps import Plan, Summary
     from lora_theory.sweeps.tasks import Task
-    from lora_theory.theory import LearnedSpectrum, Prediction, Thresholds
+    from lora_theory.theory import LearnedSpectrum, Optimum, Prediction, Thresholds
 
 __all__ = [
-    "aligned", "comparison_table", "plan_table", "prediction_table", "simulation_table",
-    "spectrum_table", "sweep_table", "thresholds_table",
+    "aligned", "comparison_table", "optimum_table", "plan_table", "prediction_table",
+    "simulation_table", "spectrum_table", "sweep_table", "thresholds_table",
 ]  # fmt: skip
 
 #: A relative error this small is floating-point noise in an exact number.
@@ -70,6 +70,20 @@ def thresholds_table(found: Thresholds) -> str:
     for name, reason in found.reasons.items():
         lines += textwrap.wrap(f"{name}: {reason}", 100, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def optimum_table(found: Optimum) -> str:
+    """Where the objective is best, with errors from a second set of nodes."""
+    goal = f"minimised: {found.minimised}" if found.minimised else f"maximised: {found.maximised}"
+    rows: list[Sequence[str]] = [("field", "optimum", "from", "to", "")]
+    for name, value in found.optimum.items():
+        ends = [_plain(end) for end in found.within[name]]
+        edge = "at the end of its box" if name in found.at_bound else ""
+        rows.append((name, _with_error(value, found.errors[name]), *ends, edge))
+    lines = [*_head(found.problem, found.status, errors="± error from other nodes"), "", goal]
+    lines += aligned([("value", _with_error(found.objective, found.errors["objective"])),
+                      ("gradient_norm", _plain(found.gradient_norm))], indent=2)  # fmt: skip
+    return "\n".join([*lines, "", *aligned(rows)])
 
 
 def spectrum_table(learned: LearnedSpectrum) -> str:

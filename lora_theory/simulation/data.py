@@ -38,6 +38,7 @@ class Draw(enum.IntEnum):
     FINETUNING_SEQUENCES = 5
     TEST_SEQUENCES = 6
     PRETRAINED_NOISE = 7
+    FINETUNING_NOISE = 8  # of re-used sequences
 
     def key(self, run: Key[Array, ""]) -> Key[Array, ""]:
         """The key of this purpose in a run."""

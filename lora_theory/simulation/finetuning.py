@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lora_theory.attention import attention
@@ -34,20 +35,32 @@ def finetuning_data(
     pretraining: PretrainingData,
     weights: Weights,
 ) -> FinetuningData:
-    """Fresh sequences with fresh noise, or the first pre-training sequences with their noise."""
-    stage, count = problem.finetuning, sizes.finetuning_sequences
+    """The first pre-training sequences as far as they are re-used, then fresh ones.
+
+    The former have the noise of their pre-training, or are drawn another one.
+    """
+    stage, reused = problem.finetuning, sizes.reused_sequences
     assert stage is not None
     dtype = pretraining.start.dtype.type
+    noise_strength = dtype(problem.label_noise)
+
+    def drawn(purpose: Draw, count: int) -> tuple[Array, Array]:
+        return draw_sequences(purpose.key(key), count, sizes.tokens, sizes.dim, dtype)
+
+    def labelled(sequences: Array, noise: Array) -> tuple[Array, Array]:
+        return sequences, noisy_fields(sequences, pretraining.teacher, noise, noise_strength)
+
     task_vector = draw_task_vector(Draw.TASK_VECTOR.key(key), sizes.dim, stage.signal, dtype)
-    if stage.sequences == "reused":
-        sequences = pretraining.sequences[:count]
-        teacher_fields = pretraining.teacher_fields[:count]
-    else:
-        sequences, noise = draw_sequences(
-            Draw.FINETUNING_SEQUENCES.key(key), count, sizes.tokens, sizes.dim, dtype
-        )
-        noise_strength = dtype(problem.label_noise)
-        teacher_fields = noisy_fields(sequences, pretraining.teacher, noise, noise_strength)
+    parts = []
+    if reused:
+        old = pretraining.sequences[:reused]
+        if stage.redraws_noise:
+            parts.append(labelled(old, drawn(Draw.FINETUNING_NOISE, reused)[1]))
+        else:
+            parts.append((old, pretraining.teacher_fields[:reused]))
+    if fresh := sizes.finetuning_sequences - reused:
+        parts.append(labelled(*drawn(Draw.FINETUNING_SEQUENCES, fresh)))
+    sequences, teacher_fields = map(jnp.concatenate, zip(*parts, strict=True))
     frozen = dtype(stage.rescaling) * centred_fields(sequences, weights)
     return FinetuningData(task_vector, sequences, frozen, teacher_fields)
 

@@ -142,8 +142,8 @@ def random_start_threshold(
 
     first = max(1, round(stage.samples * dim))
     most = math.floor(first * _RANGE)
-    if stage.sequences == "reused":
-        most = min(most, round(problem.pretraining.samples * dim**2))
+    if stage.reused:
+        most = min(most, math.floor(round(problem.pretraining.samples * dim**2) / stage.reused))
     bracket = _bracket(share, first, max(1, math.ceil(first / _RANGE)), most)
     if bracket is None:
         rows = sorted(table)

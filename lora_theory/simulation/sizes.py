@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
     student_rank: int  # P = round(kappa D)
     pretraining_sequences: int  # N = round(alpha D^2)
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
+    reused_sequences: int  # of these: the first ones of the pre-training
 
     @classmethod
     def of(cls, problem: Problem, dim: int, *, trained: bool = True) -> Sizes:
@@ -44,6 +45,7 @@ class Sizes(NamedTuple):
         """
         dim = checked_integer("dim", dim, SMALLEST_DIM)
         pretraining, finetuning = problem.pretraining, problem.finetuning
+        count = _rounded("finetuning.samples", finetuning.samples, dim, dim) if finetuning else 0
         sizes = cls(
             dim=dim,
             tokens=problem.tokens,
@@ -56,9 +58,8 @@ class Sizes(NamedTuple):
             pretraining_sequences=_rounded(
                 "pretraining.samples", pretraining.samples, dim * dim, dim
             ),
-            finetuning_sequences=(
-                _rounded("finetuning.samples", finetuning.samples, dim, dim) if finetuning else 0
-            ),
+            finetuning_sequences=count,
+            reused_sequences=round(finetuning.reused * count) if finetuning else 0,
         )
         first = sizes.pretraining_sequences if trained else dim
         memory = 48 * max(first, sizes.finetuning_sequences) * sizes.tokens * dim
@@ -67,12 +68,10 @@ class Sizes(NamedTuple):
                 f"dim = {dim} is too large for this problem: the run would need about "
                 f"{memory / 2**30:.0f} GiB, and at most {LARGEST_MEMORY / 2**30:.0f} are allowed"
             )
-        if finetuning is None or finetuning.sequences == "fresh":
-            return sizes
-        if sizes.finetuning_sequences > sizes.pretraining_sequences:
+        if finetuning is not None and sizes.reused_sequences > sizes.pretraining_sequences:
             raise ProblemError(
                 'finetuning.sequences = "reused" is not allowed here: at dim = '
-                f"{dim} the {sizes.finetuning_sequences} fine-tuning sequences (finetuning.samples "
+                f"{dim} the {sizes.reused_sequences} re-used sequences (finetuning.samples "
                 f"= {finetuning.samples:g}) exceed the {sizes.pretraining_sequences} pre-training "
                 f"sequences (pretraining.samples = {pretraining.samples:g})"
             )

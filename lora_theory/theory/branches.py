@@ -59,6 +59,7 @@ class FrozenWeights(NamedTuple):
     V: Float[np.ndarray, " R"]
     label_variance: float
     rescaling: float = 1.0  # β: fields of the frozen weights are multiplied by it
+    noise_variance: float = 0.0  # Δ/2, the part of the label variance that may be drawn anew
 
     @property
     def rescaled(self) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
@@ -69,14 +70,17 @@ class FrozenWeights(NamedTuple):
         """Δ_eff of linear attention on the test law."""
         return effective_noise(*self.rescaled, self.label_variance)
 
-    def training_noise(self, tokens: int, reused: bool) -> Float[np.ndarray, " R"]:
-        """Δ_eff of linear attention on the fine-tuning sequences (docs/theory.md, section 4).
+    def training_noise(self, tokens: int, *, redrawn: bool) -> Float[np.ndarray, " R"]:
+        """Δ_eff of linear attention on re-used sequences (docs/theory.md, section 4).
 
-        The field of a re-used sequence is β times a mean of z and z^y with weights 1 − p and p.
+        Their field is β times a mean of z and z^y with weights 1 − p and p; new noise in the label
+        is not in it.
         """
-        p = self.V / (self.V + tokens**2 / 4) if reused else 0.0
-        label, own = 1 - self.rescaling * p, self.rescaling * (1 - p)
+        taught = self.rescaling * self.V / (self.V + tokens**2 / 4)  # βp
+        label, own = 1 - taught, self.rescaling - taught
         noise = label**2 * self.label_variance - 2 * label * own * self.M + own**2 * self.Q
+        if redrawn:
+            noise = noise + 2 * taught * self.noise_variance
         return np.asarray(np.maximum(noise, 0.0))
 
 
@@ -209,17 +213,25 @@ class FinetuningNodes:
         discretisation: Discretisation,
     ) -> None:
         self.task = lora.Task(stage.samples, stage.penalty, stage.signal, weights.label_variance)
-        self._blocks, reused = discretisation.blocks, stage.sequences == "reused"
-        dimension = lora.node_dimension(tokens, activation)
+        self._blocks, redrawn = discretisation.blocks, stage.redraws_noise
+        reuse = lora.Reuse(stage.reused, weights.noise_variance if redrawn else None)
+        dimension = lora.node_dimension(tokens, activation, new_noise=redrawn)
         chunks, self._together = discretisation.chunks(dimension, tokens, discretisation.seed + 1)
         self.coarse = coarse_chunks(chunks, tokens)
         self._linear = activation == "linear"
         self._fields: list[lora.LinearFields | lora.SoftmaxFields]
         if self._linear:
-            training = float(weights.training_noise(tokens, reused)[0])
-            self._fields = [
-                lora.linear_fields(chunk, training, stage.signal, tokens=tokens) for chunk in chunks
-            ]
+            noises = (
+                weights.training_noise(tokens, redrawn=redrawn)[0],
+                weights.effective_noise()[0],
+            )
+
+            def linear_fields(chunk: np.ndarray) -> lora.LinearFields:
+                both, reused, share = reuse.by_kind(chunk)
+                noise = np.where(reused, *noises)
+                return lora.linear_fields(both, noise, stage.signal, tokens=tokens, share=share)
+
+            self._fields = [linear_fields(chunk) for chunk in chunks]
             return
         total = sum(chunk.shape[1] for chunk in chunks)
         per_node = [np.repeat(part, total // self._blocks) for part in weights[:3]]
@@ -229,7 +241,7 @@ class FinetuningNodes:
             chunk, (Q, M, V) = part
             return lora.softmax_fields(
                 chunk, Q, M, V, self.task,
-                tokens=tokens, reused=reused, rescaling=weights.rescaling,
+                tokens=tokens, reuse=reuse, rescaling=weights.rescaling,
             )  # fmt: skip
 
         self._fields = in_parallel(fields, zip(chunks, parts, strict=True))

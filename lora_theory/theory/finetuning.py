@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from scipy.special import gammaincinv, ndtr
 
 from lora_theory.attention import attention
@@ -40,6 +40,7 @@ from lora_theory.theory.proximal import (
 from lora_theory.theory.roots import log_ratio
 
 __all__ = [
+    "FRESH",
     "INFORMED",
     "OBSERVABLES",
     "UNINFORMED",
@@ -47,6 +48,7 @@ __all__ = [
     "ZERO_SPREAD",
     "LinearFields",
     "LinearFinetuning",
+    "Reuse",
     "SoftmaxFields",
     "SoftmaxFinetuning",
     "Task",
@@ -71,6 +73,10 @@ ZERO_SPREAD = float(np.log(1e-5))
 INFORMED, UNINFORMED, ZERO = (False, False), (False, True), (True, True)
 
 
+Share = Float[np.ndarray, "#nodes"]
+_ALL: Share = np.ones(1)
+
+
 class Task(NamedTuple):
     """The numbers of the fine-tuning task that its equations contain."""
 
@@ -80,12 +86,34 @@ class Task(NamedTuple):
     label_variance: float  # Q_y = Q0 + Δ/2, variance of z^y
 
 
+class Reuse(NamedTuple):
+    """How the fine-tuning sequences are related to those of pre-training."""
+
+    share: float  # r, of re-used sequences: 0 for fresh ones
+    new_noise: float | None = None  # Δ/2 if their label noise is drawn anew
+
+    def by_kind(
+        self, nodes: Float[np.ndarray, "n nodes"]
+    ) -> tuple[Float[np.ndarray, "n kinds*nodes"], Bool[np.ndarray, " kinds*nodes"], Share]:
+        """Every node as one of a re-used and as one of a fresh sequence, and their weights."""
+        count = nodes.shape[1]
+        if self.share in (0, 1):
+            return nodes, np.full(count, self.share == 1), _ALL
+        reused = np.tile([True, False], count)
+        weights = np.where(reused, 2 * self.share, 2 * (1 - self.share))
+        return np.repeat(nodes, 2, axis=1), reused, weights
+
+
+FRESH = Reuse(0.0)
+
+
 class LinearFields(NamedTuple):
     """Residual fields of linear attention on nodes, in the eigenbasis of R + χ*χ*ᵀ − q0 I."""
 
     levels: Float[Array, "T nodes"]
     signal: Float[Array, "T nodes"]  # χ*
     noise: Float[Array, "T nodes"]  # ζ
+    share: Float[Array, "#nodes"]  # weights of the nodes, of mean 1
 
 
 class SoftmaxFields(NamedTuple):
@@ -96,13 +124,14 @@ class SoftmaxFields(NamedTuple):
     signal: Float[Array, "T nodes"]  # χ*
     noise: Float[Array, "T nodes"]  # ζ
     guess: Float[Array, "T nodes"]  # χ that would fit the labels best if σ were linear
+    share: Float[Array, "#nodes"]  # weights of the nodes, of mean 1
 
 
-def node_dimension(tokens: int, activation: str) -> int:
-    """Gaussian numbers per node: 2n + 2T for softmax, 3T for linear."""
+def node_dimension(tokens: int, activation: str, *, new_noise: bool = False) -> int:
+    """Gaussian numbers per node: 2n + 2T for softmax, n more with new noise, 3T for linear."""
     if activation == "linear":
         return 3 * tokens
-    return 2 * field_count(tokens, "softmax") + 2 * tokens
+    return (3 if new_noise else 2) * field_count(tokens, "softmax") + 2 * tokens
 
 
 @quickly_compiled("tokens")
@@ -124,10 +153,11 @@ def _eigenbasis(
 
 def linear_fields(
     nodes: Float[np.ndarray, "3T nodes"],
-    training_noise: float,
+    training_noise: float | Float[np.ndarray, " nodes"],
     signal: float,
     *,
     tokens: int,
+    share: Share = _ALL,
 ) -> LinearFields:
     """Eigenvalues of R + χ*χ*ᵀ − q0 I, with χ* and ζ in its eigenbasis, for linear attention.
 
@@ -144,7 +174,12 @@ def linear_fields(
         jnp.asarray(signal, dtype=float),
         tokens,
     )
-    return LinearFields(levels, star, noise)
+    return LinearFields(levels, star, noise, _mirrored(share))
+
+
+def _mirrored(share: Share) -> Array:
+    """The weights of the nodes and of their mirror images."""
+    return jnp.asarray(share if len(share) == 1 else np.tile(share, 2))
 
 
 @quickly_compiled("tokens")
@@ -175,8 +210,21 @@ def _reused_fields(label: Array, z: Array, V: Array, tokens: int) -> Array:
 
 
 @quickly_compiled("tokens")
+def _with_new_noise(
+    nodes: Array, label: Array, Q: Array, M: Array, label_variance: Array, noise: Array, tokens: int
+) -> Array:
+    n = field_count(tokens, "softmax")
+    g_2, g_3 = nodes[n : 2 * n], nodes[2 * n + 2 * tokens :]
+    spread = frozen_coordinates(label, g_2, Q, M, label_variance)[2]
+    clean = (label_variance - noise) / label_variance
+    shared = M * noise / (label_variance * spread)
+    own = jnp.maximum(noise + clean * noise - shared**2, noise)
+    return clean * label + shared * g_2 + jnp.sqrt(own) * g_3
+
+
+@quickly_compiled("tokens")
 def _softmax_fields(
-    nodes: Array, label: Array, training: Array, signal: Array, tokens: int
+    nodes: Array, label: Array, training: Array, share: Array, signal: Array, tokens: int
 ) -> SoftmaxFields:
     n, T = field_count(tokens, "softmax"), tokens
     basis, eye = field_basis(tokens, "softmax"), jnp.eye(T)[:, :, None]
@@ -190,32 +238,45 @@ def _softmax_fields(
         jnp.concatenate([part, part], axis=-1)
         for part in (to_fields(basis, training), task_labels, guess)
     ]
-    star, noise = paired(star, nodes[2 * n + T :])
-    return SoftmaxFields(doubled[0], doubled[1], star, noise, doubled[2])
+    star, noise = paired(star, nodes[2 * n + T : 2 * n + 2 * T])
+    return SoftmaxFields(doubled[0], doubled[1], star, noise, doubled[2], share)
 
 
 def softmax_fields(
-    nodes: Float[np.ndarray, "2n+2T nodes"],
+    nodes: Float[np.ndarray, "dimension nodes"],
     Q: Float[np.ndarray, " nodes"],
     M: Float[np.ndarray, " nodes"],
     V: Float[np.ndarray, " nodes"],
     task: Task,
     *,
     tokens: int,
-    reused: bool,
+    reuse: Reuse = FRESH,
     rescaling: float = 1.0,
 ) -> SoftmaxFields:
     """The fields that (Q, M, V), here one value per node, leave to fine-tuning.
 
-    Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z
-    (docs/theory.md, section 3); either is multiplied by ``rescaling``.
+    Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z, and
+    that label or one with new noise (docs/theory.md, section 3).  The fields of the frozen weights
+    are multiplied by ``rescaling``.
     """
     at, *parts = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
     label, training = _frozen_fields(at, *parts[:2], task.label_variance, tokens)
-    if reused:
-        training = _reused_fields(label, training, parts[2], tokens)
-    training = rescaling * training
-    fields: SoftmaxFields = _softmax_fields(at, label, training, task.signal, tokens)
+    all_nodes, reused, share = reuse.by_kind(nodes)
+    if reuse.share > 0:
+        own = _reused_fields(label, training, parts[2], tokens)
+        own_label = label
+        if reuse.new_noise is not None:
+            variances = task.label_variance, reuse.new_noise
+            own_label = _with_new_noise(at, label, *parts[:2], *variances, tokens)
+        kinds = len(reused) // nodes.shape[1]
+        later, earlier = (
+            jnp.repeat(jnp.stack(pair), kinds, axis=2)
+            for pair in ((own_label, own), (label, training))
+        )
+        label, training = jnp.where(reused, later, earlier)
+    fields: SoftmaxFields = _softmax_fields(
+        jnp.asarray(all_nodes), label, rescaling * training, _mirrored(share), task.signal, tokens
+    )
     return fields
 
 
@@ -264,7 +325,7 @@ def _collect(
     stein = smooth_response(prox)
     parts = [jnp.sum(G**2, 0), jnp.sum(G * fields.noise, 0), jnp.sum(G * fields.signal, 0)]
     parts += [slope, stein, prox.loss]
-    return _Output(*(block_means(part, blocks) for part in parts))
+    return _Output(*(block_means(fields.share * part, blocks) for part in parts))
 
 
 def _softmax_output(
@@ -348,7 +409,7 @@ def _linear_growth(unknowns: Array, fields: LinearFields, task: Task, blocks: in
     point = q, _, v, _ = _point(unknowns, task.signal)
     omega = _center(point, fields, task)
     prox = linear_lora_proximal(fields.levels + q, omega, v)
-    return _growth(point, omega, prox.force, fields.signal, task, blocks)
+    return _growth(point, omega, prox.force, fields, task, blocks)
 
 
 @quickly_compiled("blocks")
@@ -358,15 +419,20 @@ def _softmax_growth(
     point = _point(unknowns, task.signal)
     arguments = _arguments(unknowns, fields, task)
     prox = softmax_lora_proximal(*arguments, minima[0])
-    return _growth(point, arguments[2], prox.force, fields.signal, task, blocks)
+    return _growth(point, arguments[2], prox.force, fields, task, blocks)
 
 
 def _growth(
-    point: _Point, omega: Array, force: Array, signal: Array, task: Task, blocks: int
+    point: _Point,
+    omega: Array,
+    force: Array,
+    fields: LinearFields | SoftmaxFields,
+    task: Task,
+    blocks: int,
 ) -> Array:
     q, _, v, _ = point
-    along = jnp.sum(omega * signal, 0) * jnp.sum(signal * force, 0) / task.signal
-    term = along - jnp.sum(omega * force, 0)
+    along = jnp.sum(omega * fields.signal, 0) * jnp.sum(fields.signal * force, 0) / task.signal
+    term = fields.share * (along - jnp.sum(omega * force, 0))
     return task.samples * v / q * block_means(term, blocks)[:, None]
 
 

@@ -37,6 +37,7 @@ from lora_theory.theory.weights import Constants, kept_at, weights_at
 __all__ = [
     "check_predictable",
     "check_tokens",
+    "effective_noise",
     "finetune",
     "frozen_weights",
     "predict",
@@ -95,7 +96,7 @@ def predict(
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
         pretraining = pretraining_prediction(problem, root, weights, discretisation)
-        noise = _effective_noise(problem, weights)
+        noise = effective_noise(problem, weights)
         first = _pretraining_stability(problem.replace(finetuning=None), discretisation)
         pretraining = flagged(pretraining, first)
         branches: tuple[FinetuningPrediction, ...] = ()
@@ -351,19 +352,22 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     else:
         values = np.array([weights_at(x, constants).values[:3] for x in root.block_unknowns]).T
     Q, M, V = values
-    return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling)
+    noise_variance = Units.of(problem).teacher ** 2 * problem.label_noise / 2
+    return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling, noise_variance)
 
 
-def _effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:
-    reused = problem.finetuning is not None and problem.finetuning.sequences == "reused"
-    Q, M = weights.rescaled
+def effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:
+    """What the fine-tuning of ``problem`` sees of the weights."""
+    stage, (Q, M) = problem.finetuning, weights.rescaled
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = M / Q
         variance = weights.label_variance - np.where(Q > 0, M * gain, 0.0)
     blocks = {"gain": gain, "variance": variance}
     if problem.activation == "linear":
-        blocks["delta_eff"] = weights.effective_noise()
-        blocks["delta_eff_training"] = weights.training_noise(problem.tokens, reused)
+        fresh = blocks["delta_eff"] = blocks["delta_eff_training"] = weights.effective_noise()
+        if stage is not None and stage.reused:
+            reused = weights.training_noise(problem.tokens, redrawn=stage.redraws_noise)
+            blocks["delta_eff_training"] = stage.reused * reused + (1 - stage.reused) * fresh
     return EffectiveNoise(
         Q=float(Q.mean()),
         quadrature_error={name: float(standard_error(part)) for name, part in blocks.items()},

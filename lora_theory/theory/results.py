@@ -75,7 +75,8 @@ class EffectiveNoise:
 
     gain = M/Q, variance = Δ/2 + Q0 − M²/Q (label noise included), Q = Tr S²/D.  Linear attention
     feels one number: delta_eff = Δ/2 + Q0 − 2M + Q on fresh sequences, delta_eff_training on the
-    sequences it is trained on; both None for softmax (docs/theory.md, section 4).
+    sequences it is trained on, a mean over these where only some are re-used; both None for softmax
+    (docs/theory.md, section 4).
     """
 
     gain: float

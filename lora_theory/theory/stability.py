@@ -188,7 +188,7 @@ def _lora_rows(
     def value(x: Array) -> Array:
         s, gain, v = jnp.exp(x[0]), x[1], jnp.exp(x[2])
         at = prox(gain * fields.signal + s * fields.noise, v, s**2 + gain**2 * task.signal)
-        return task.samples * pre.block_means(_squared_response(at), blocks)
+        return task.samples * pre.block_means(fields.share * _squared_response(at), blocks)
 
     return _with_gradient(value, unknowns)
 

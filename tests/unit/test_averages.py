@@ -89,7 +89,7 @@ def softmax_finetuning(chunks: int, together: int) -> Averages:
     Q, M, V = (np.repeat(x * np.linspace(0.95, 1.05, BLOCKS), POINTS) for x in (1.2, 1.1, 2.0))
     values = zip(*(np.split(x, chunks) for x in (Q, M, V)), strict=True)
     fields = [
-        lora.softmax_fields(part, *value, TASK, tokens=TOKENS, reused=True)
+        lora.softmax_fields(part, *value, TASK, tokens=TOKENS, reuse=lora.Reuse(1.0))
         for part, value in zip(parts, values, strict=True)
     ]
     return Averages(lora.SoftmaxFinetuning(TASK, lora.INFORMED, blocks=together), fields, BLOCKS)
@@ -216,10 +216,7 @@ def test_minima_of_other_nodes_lead_to_lower_ones():
     parts = np.split(whole_nodes(lora.node_dimension(2, "softmax")), 2, axis=1)
     nothing = np.zeros(parts[0].shape[1])
     with jax.enable_x64(True):
-        fields = [
-            lora.softmax_fields(part, *[nothing] * 3, TASK, tokens=2, reused=False)
-            for part in parts
-        ]
+        fields = [lora.softmax_fields(part, *[nothing] * 3, TASK, tokens=2) for part in parts]
         averages = Averages(lora.SoftmaxFinetuning(TASK, lora.UNINFORMED, blocks=1), fields, 2)
         values = [averages.at(point, search=True)]
         values += [averages.at(point, search=True, elsewhere=True) for _ in range(24)]

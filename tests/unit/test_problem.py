@@ -50,8 +50,15 @@ problems = st.builds(
         samples=positive,
         penalty=positive,
         signal=positive,
-        sequences=st.sampled_from(["fresh", "reused"]),
         rescaling=positive,
+    )
+    | st.builds(
+        Finetuning,
+        samples=positive,
+        penalty=positive,
+        sequences=st.just("reused"),
+        reused_fraction=st.none() | st.floats(1e-9, 1.0),
+        noise=st.sampled_from([None, "shared", "redrawn"]),
     ),
 )
 spikes = st.none() | st.lists(positive, min_size=1, max_size=3).map(tuple)
@@ -100,6 +107,11 @@ BAD = [
     ("finetuning.penalty", 0, "> 0"),
     ("finetuning.signal", -math.inf, "> 0"),
     ("finetuning.sequences", "new", '"fresh" or "reused"'),
+    ("finetuning.reused_fraction", 0.0, "> 0 and ≤ 1"),
+    ("finetuning.reused_fraction", 1.01, "> 0 and ≤ 1"),
+    ("finetuning.reused_fraction", 0.5, 'finetuning.sequences = "fresh"'),
+    ("finetuning.noise", "new", '"shared" or "redrawn"'),
+    ("finetuning.noise", "redrawn", 'finetuning.sequences = "fresh"'),
 ]
 
 
@@ -201,6 +213,7 @@ def test_flat_names_are_those_of_the_specs():
     unset = {spec.name for spec in Problem.specs()} - set(flat)
     assert unset == {
         "teacher.exponent", "teacher.eigenvalues", "teacher.spikes", "pretraining.function",
+        "finetuning.reused_fraction", "finetuning.noise",
     }  # fmt: skip
 
 
