@@ -232,7 +232,7 @@ class Nodes(NamedTuple):
     @classmethod
     def reduced(cls, fields: LinearFields) -> "Nodes":
         """Of the nodes of the solver: the residual matrix is diagonal in its eigenbasis."""
-        levels, star, zeta = map(np.asarray, fields)
+        levels, star, zeta = map(np.asarray, (fields.levels, fields.signal, fields.noise))
         logits = np.eye(len(levels))[:, :, None] * levels
         return cls(np.zeros_like(logits), logits, star, zeta)
 
