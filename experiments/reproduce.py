@@ -11,6 +11,7 @@ from pathlib import Path
 
 import contraction
 import figure1
+import figure2
 import figure3
 import matplotlib as mpl
 import phases
@@ -20,7 +21,7 @@ from figure_tools import FULL, QUICK
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (figure1, figure3, spectra, phases, contraction, published)
+    for module in (figure1, figure2, figure3, spectra, phases, contraction, published)
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 
