@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
     student_rank: int  # P = round(kappa D)
     pretraining_sequences: int  # N = round(alpha D^2)
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
-    reused_sequences: int = 0  # of these: the first ones of the pre-training
+    reused_sequences: int  # of these: the first ones of the pre-training
 
     @classmethod
     def of(cls, problem: Problem, dim: int, *, trained: bool = True) -> Sizes:

@@ -17,7 +17,7 @@ from lora_theory.simulation.finetuning import finetuning_data
 from lora_theory.simulation.pretraining import pretraining_data
 from lora_theory.simulation.sizes import Sizes
 
-SIZES = Sizes(8, 3, 4, 6, 30, 20)
+SIZES = Sizes(8, 3, 4, 6, 30, 20, 0)
 
 
 def test_fields_are_the_centred_bilinear_form_of_S():
@@ -89,8 +89,9 @@ def test_reuse_means_the_same_sequences_with_the_same_noise(sequences):
     assert Sizes.of(problem, 8) == SIZES
     with jax.enable_x64(True):
         key = run_key(0, 0)
-        first = pretraining_data(key, problem, SIZES, np.float64)
-        second = finetuning_data(key, problem, SIZES, first, first.start)
+        sizes = SIZES._replace(reused_sequences=20 if sequences == "reused" else 0)
+        first = pretraining_data(key, problem, sizes, np.float64)
+        second = finetuning_data(key, problem, sizes, first, first.start)
         same = [
             np.array_equal(second.sequences, first.sequences[:20]),
             np.array_equal(second.teacher_fields, first.teacher_fields[:20]),
