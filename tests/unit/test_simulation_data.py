@@ -86,10 +86,10 @@ def test_reuse_means_the_same_sequences_with_the_same_noise(sequences):
         pretraining=Pretraining(samples=30 / 64, penalty=0.1, rank=0.75),
         finetuning=Finetuning(samples=2.5, penalty=0.1, sequences=sequences),
     )
-    assert Sizes.of(problem, 8) == SIZES
+    sizes = SIZES._replace(reused_sequences=20 if sequences == "reused" else 0)
+    assert Sizes.of(problem, 8) == sizes
     with jax.enable_x64(True):
         key = run_key(0, 0)
-        sizes = SIZES._replace(reused_sequences=20 if sequences == "reused" else 0)
         first = pretraining_data(key, problem, sizes, np.float64)
         second = finetuning_data(key, problem, sizes, first, first.start)
         same = [
