@@ -48,8 +48,8 @@ class Optimum:
 
     ``gradient_norm`` is that of d log(objective)/d log(fields), for an overlap o of d log(1 − o),
     without the components that point out of the box at an end in ``at_bound``.  Errors come from a
-    second, independent set of nodes.  ``status`` is that of the prediction there, or
-    "not_converged" where the search has not ended at a flat place.
+    second, independent set of nodes, NaN where that has no solution.  ``status`` is that of the
+    prediction there, or "not_converged" where the search has not ended at a flat place.
     """
 
     problem: Problem  #: at the optimum
@@ -160,7 +160,7 @@ def _box(
     flat, box = problem.to_flat(), {}
     for name in within or ():
         if name not in over:
-            raise ProblemError(f"within.{name} is not allowed: it must be of {', '.join(over)}")
+            raise ProblemError(f"within.{name} is not allowed: it must be one of {', '.join(over)}")
     for name in over:
         value = float(flat[name])
         largest = min(value * _BOX, _LARGEST.get(name, math.inf))
@@ -267,6 +267,9 @@ class _Goal:
             options={"gtol": _FLAT, "ftol": 0.0, "maxiter": _STEPS, "maxls": 10},
             callback=lambda x: _stop_if(places[-1].gradient_norm < _FLAT),
         )  # fmt: skip
+        if not places:  # on other nodes there may be no solution at the start
+            nothing = np.full(len(start), math.nan)
+            return _Place(nothing, math.nan, math.nan, np.zeros(len(start), dtype=bool))
         losses = [self._loss(place.value)[0] for place in places]
         good = [p for p, loss in zip(places, losses, strict=True) if loss <= min(losses) + _EQUAL]
         return min(good, key=lambda place: place.gradient_norm)

@@ -7,7 +7,8 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from lora_theory import ProblemError, gradient, optimize, predict
-from lora_theory.theory.gradients import OTHER_SEED
+from lora_theory.theory import optimal
+from lora_theory.theory.gradients import OTHER_SEED, NoSolutionError, Tangents
 
 FIELDS = [
     "pretraining.penalty", "pretraining.samples", "label_noise", "teacher_rank",
@@ -151,6 +152,19 @@ def test_two_fields_are_better_than_one(problem):
     assert both.gradient_norm < 1e-3
     assert both.objective < one.objective
     assert set(both.errors) == {*penalties, "objective"}
+
+
+def test_errors_are_unknown_where_the_second_set_of_nodes_has_no_solution(problem, monkeypatch):
+    class Unsolved(Tangents):
+        def __init__(self, problem, discretisation):
+            if discretisation.seed:
+                raise NoSolutionError("none")
+            super().__init__(problem, discretisation)
+
+    monkeypatch.setattr(optimal, "Tangents", Unsolved)
+    best = optimize(problem, ["pretraining.penalty"], "effective_noise")
+    assert best.optimum["pretraining.penalty"] == pytest.approx(0.1039, abs=1e-4)
+    assert best.to_dict()["errors"] == {"pretraining.penalty": None, "objective": None}
 
 
 @pytest.mark.parametrize(
