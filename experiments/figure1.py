@@ -8,9 +8,7 @@ the axis or one of them is kept, q0 = 1, and the ranges of the axes.
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, product, repeat
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from figure_tools import (
     CURVES,
     Experiment,
     Profile,
+    computed,
     shade_unstable,
     simulation_rows,
     solved,
@@ -83,11 +82,7 @@ def rows_of(source: str, activation: str, profile: Profile, store: Path) -> list
 
 
 def compute(profile: Profile, store: Path) -> pd.DataFrame:
-    # two processes share four jobs; the longest, the theory of softmax, comes first
-    activations, sources = zip(*product(ACTIVATIONS, profile.sources), strict=True)
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(rows_of, sources, activations, repeat(profile), repeat(store))
-        return pd.DataFrame(list(chain.from_iterable(parts)))
+    return computed(rows_of, ACTIVATIONS, profile, store)
 
 
 def draw(table: pd.DataFrame) -> Figure:

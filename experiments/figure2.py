@@ -9,10 +9,8 @@ softmax sees (M, Q), and its lines and crosses part by as much as that matters.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, product, repeat
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,11 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from figure1 import problem
 from figure_tools import (
     Experiment,
     Profile,
+    computed,
     shade_unstable,
     simulation_rows,
     solved,
@@ -31,7 +31,7 @@ from figure_tools import (
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 
-from lora_theory import Finetuning, Pretraining, Problem, predict
+from lora_theory import Problem, predict
 
 ACTIVATIONS, SEQUENCES = ("softmax", "linear"), "finetuning.samples"
 LEVELS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -44,20 +44,6 @@ OTHER = {"pretraining.samples": 0.3, "pretraining.penalty": 0.1}
 SIMULATED = {"quick": (0.2,), "full": (0.05, 0.15, 0.5)}
 #: α' of the simulations in the quick profile.
 FEW = (2.0, 10.0)
-
-
-def problem(activation: str, level: float, **fields: float) -> Problem:
-    values = OTHER | fields
-    return Problem(
-        tokens=3,
-        activation=activation,
-        teacher_rank=1.0,
-        label_noise=0.5,
-        pretraining=Pretraining(
-            samples=values["pretraining.samples"], penalty=values["pretraining.penalty"]
-        ),
-        finetuning=Finetuning(samples=level, penalty=0.5),
-    )
 
 
 def effective_noise(asked: Problem, profile: Profile) -> float:
@@ -78,20 +64,17 @@ def rows_of(source: str, activation: str, profile: Profile, store: Path) -> list
         if source == "simulation":
             values = SIMULATED[profile.name] if path == "pretraining.samples" else []
             levels = profile.pick(quick=FEW, full=LEVELS)
-        for value, level in product(values, levels):
-            asked = problem(activation, level, **{path: value})
+        for value in values:
+            asked = problem(activation, OTHER | {path: value})
             labels = {"path": path, "delta_eff": effective_noise(asked, profile)}
-            rows += compute_rows(asked, labels, profile)
+            for level in levels:
+                rows += compute_rows(asked.replace({SEQUENCES: level}), labels, profile)
     return rows
 
 
 def compute(profile: Profile, store: Path) -> pd.DataFrame:
-    # two processes share four jobs; the longest, the theory of softmax, comes first
-    activations, sources = zip(*product(ACTIVATIONS, profile.sources), strict=True)
-    profile = Profile(**{**vars(profile), "dim": profile.pick(quick=40, full=100)})
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        parts = pool.map(rows_of, sources, activations, repeat(profile), repeat(store))
-        return pd.DataFrame(list(chain.from_iterable(parts)))
+    profile = dataclasses.replace(profile, dim=profile.pick(quick=40, full=100))
+    return computed(rows_of, ACTIVATIONS, profile, store)
 
 
 #: Lines and markers by α', with colours that darken with it.

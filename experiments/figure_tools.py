@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, product, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,22 @@ class Experiment:
             figure.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None})
             plt.close(figure)
         (folder / f"{self.name}.md").write_text(self.caption(table) + "\n", encoding="utf-8")
+
+
+def computed(
+    rows_of: Callable[[str, str, Profile, Path], list[dict[str, Any]]],
+    activations: Sequence[str],
+    profile: Profile,
+    store: Path,
+) -> pd.DataFrame:
+    """The rows of every source and activation; two processes share these jobs.
+
+    They are taken in this order: the longest, the theory of softmax, is to come first.
+    """
+    names, sources = zip(*product(activations, profile.sources), strict=True)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parts = pool.map(rows_of, sources, names, repeat(profile), repeat(store))
+        return pd.DataFrame(list(chain.from_iterable(parts)))
 
 
 #: Observables of fine-tuning that the tables hold.

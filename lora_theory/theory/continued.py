@@ -19,6 +19,7 @@ from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages
 from lora_theory.theory.branches import HELD, BranchErrors, branch_prediction
 from lora_theory.theory.continuation import Curve, follow
+from lora_theory.theory.gradients import continuous_fields
 from lora_theory.theory.informed import Branches
 from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import (
@@ -157,20 +158,17 @@ def _checked(
         raise ProblemError(
             f'branch = "{branch}" is not allowed without fine-tuning: give one, or "pretraining"'
         )
-    flat = problem.to_flat()
     fields = [
         name
-        for name, value in flat.items()
-        if isinstance(value, float)
-        and value > 0
-        and (branch != "pretraining" or "fine" not in name)
+        for name in continuous_fields(problem)
+        if branch != "pretraining" or not name.startswith("finetuning")
     ]
     if over not in fields:
         raise ProblemError(
             f"over = {over!r} is not allowed: it must be one of {', '.join(fields)}, of which this "
             "branch of the problem has positive numbers"
         )
-    value = float(flat[over])
+    value = float(problem.to_flat()[over])
     try:
         low, high = sorted(map(float, within))
     except (TypeError, ValueError):

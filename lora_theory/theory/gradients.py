@@ -170,11 +170,12 @@ class Tangents:
         self._first, at = self._pretraining(problem, self._x)
         self._inverse = _inverse(at)
         self._branch, self._w = "", np.zeros(3)
+        root = root_at(self._x, at)
         if found.finetuning is not None:
             self._branch, self._w = found.finetuning.branch, _unknowns(problem, found.finetuning)
-            self._second, at, _ = self._finetuning(problem, root_at(self._x, at), self._w)
+            self._second, at, _ = self._finetuning(problem, root, self._w)
             self._second_inverse = _inverse(at)
-        self.values = self._numbers(problem, self._x, self._w)
+        self.values = self._numbers(problem, root, self._w)
 
     def slopes(self, field: str) -> dict[str, float]:
         """The derivative of every observable with respect to a field."""
@@ -183,17 +184,20 @@ class Tangents:
         width = ends[1].value - ends[0].value
         rows = [self._pretraining(end.problem, self._x)[1].mean for end in ends]
         dx = -self._inverse @ (rows[1] - rows[0]) / width
-        at = [self._x + (end.value - here) * dx for end in ends]
+        roots = []
+        for end in ends:
+            x = self._x + (end.value - here) * dx
+            roots.append(root_at(x, self._pretraining(end.problem, x)[1]))
         dw = np.zeros(3)
         if self._second is not None:
-            rows = []
-            for end, x in zip(ends, at, strict=True):
-                root = root_at(x, self._pretraining(end.problem, x)[1])
-                rows.append(self._finetuning(end.problem, root, self._w)[1].mean)
+            rows = [
+                self._finetuning(end.problem, root, self._w)[1].mean
+                for end, root in zip(ends, roots, strict=True)
+            ]
             dw = -self._second_inverse @ (rows[1] - rows[0]) / width
         low, high = (
-            self._numbers(end.problem, x, self._w + (end.value - here) * dw)
-            for end, x in zip(ends, at, strict=True)
+            self._numbers(end.problem, root, self._w + (end.value - here) * dw)
+            for end, root in zip(ends, roots, strict=True)
         )
         return {name: (high[name] - low[name]) / width for name in self.values}
 
@@ -229,11 +233,11 @@ class Tangents:
         return averages, averages.at(w, search=True), errors
 
     def _numbers(
-        self, problem: Problem, x: Float[np.ndarray, " 3"], w: Float[np.ndarray, " 3"]
+        self, problem: Problem, root: Root, w: Float[np.ndarray, " 3"]
     ) -> dict[str, float]:
-        """All observables at given unknowns of both stages."""
-        root, units = root_at(x, self._pretraining(problem, x)[1]), Units.of(problem)
-        weights, tolerance = frozen_weights(problem, root), self._discretisation.tolerance
+        """All observables at a root of stage one and given unknowns of stage two."""
+        units, tolerance = Units.of(problem), self._discretisation.tolerance
+        weights = frozen_weights(problem, root)
         first = pretraining_prediction(problem, root, weights, self._discretisation)
         parts: dict[str, Any] = {
             "pretraining": units.pretraining(first),
