@@ -2,7 +2,14 @@
 
 from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
-from lora_theory.problem import Finetuning, Pretraining, Problem, ProblemError, Teacher
+from lora_theory.problem import (
+    Finetuning,
+    Pretraining,
+    Problem,
+    ProblemError,
+    Selection,
+    Teacher,
+)
 from lora_theory.simulation import (
     RandomStartThreshold,
     Simulation,
@@ -45,6 +52,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "RandomStartThreshold",
+    "Selection",
     "Simulation",
     "Status",
     "Teacher",

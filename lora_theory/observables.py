@@ -58,7 +58,7 @@ class Estimate:
 def to_plain(value: Any) -> Any:
     """Nested plain values (for JSON) of a result; attribute names become keys, NaN becomes None."""
     if hasattr(value, "to_dict"):
-        return value.to_dict()
+        return to_plain(value.to_dict())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain_fields(value)
     if hasattr(value, "_asdict"):
@@ -73,6 +73,8 @@ def to_plain(value: Any) -> Any:
         return float(value) if math.isfinite(value) else None
     if isinstance(value, np.integer):
         return int(value)
+    if callable(value):
+        return getattr(value, "__name__", repr(value))
     return value
 
 

@@ -10,242 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import numbers
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from lora_theory.expression import Expression, fault_as_penalty
+from lora_theory.field_specs import FieldSpec, ProblemError, refuse_misplaced, spec, validate
+from lora_theory.parts import Finetuning, Pretraining, Selection, Teacher
+from lora_theory.selection import check_score, score_name
 
-__all__ = ["FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Teacher"]
-
-
-class ProblemError(ValueError):
-    """A field of the problem has a value that is not allowed; the message is one sentence."""
-
-
-def _spec(
-    symbol: str,
-    meaning: str,
-    allowed: str,
-    *,
-    default: Any = MISSING,
-    choices: tuple[str, ...] = (),
-    text: bool = False,
-) -> Any:
-    metadata = {
-        "symbol": symbol, "meaning": meaning, "allowed": allowed, "choices": choices,
-        "text": text or bool(choices),
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
-
-
-def _validate(part: Any, prefix: str) -> None:
-    """Check and normalise the plain fields of one part against its specs."""
-    for entry in dataclasses.fields(part):
-        if not entry.metadata:
-            continue
-        name, value, allowed = entry.name, getattr(part, entry.name), entry.metadata["allowed"]
-        complaint = ProblemError(f"{prefix}{name} = {value!r} is not allowed: it must be {allowed}")
-        if value is None and entry.default is None:
-            continue
-        if entry.metadata["choices"]:
-            if not isinstance(value, str) or value not in entry.metadata["choices"]:
-                raise complaint
-        elif entry.metadata["text"]:
-            _check_penalty(value, complaint)
-        elif name in _LISTS:
-            object.__setattr__(part, name, _numbers(value, _LISTS[name], complaint))
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise complaint
-        elif name == "tokens":
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise complaint
-            object.__setattr__(part, name, int(value))
-        else:
-            try:
-                number = float(value)
-            except OverflowError:
-                raise ProblemError(f"{prefix}{name} is too large: it must be finite") from None
-            in_range = number >= 0 if allowed == "≥ 0" else number > 0
-            in_range &= not (allowed.endswith("< 0.5") and number >= 0.5)
-            in_range &= not (allowed.endswith("≤ 1") and number > 1)
-            if not (math.isfinite(number) and in_range):
-                raise ProblemError(f"{complaint.args[0]} and finite")
-            object.__setattr__(part, name, number)
-
-
-#: Fields that hold several numbers, and how many of these must not be 0.
-_LISTS: dict[str, Callable[[Iterable[float]], bool]] = {"eigenvalues": any, "spikes": all}
-
-
-def _numbers(
-    value: Any, differ_from_0: Callable[[Iterable[float]], bool], complaint: ProblemError
-) -> tuple[float, ...]:
-    """One or more finite numbers."""
-    entries = [value] if isinstance(value, numbers.Real) else value
-    try:
-        found = tuple(float(entry) for entry in entries)
-    except (TypeError, ValueError, OverflowError):
-        raise complaint from None
-    finite = len(found) > 0 and all(map(math.isfinite, found))
-    if isinstance(value, str) or not finite or not differ_from_0(found):
-        raise complaint
-    return found
-
-
-def _check_penalty(text: Any, complaint: ProblemError) -> None:
-    """Refuse what is no expression, or none that can be a penalty."""
-    if not isinstance(text, str):
-        raise complaint
-    try:
-        fault = fault_as_penalty(Expression(text))
-    except ValueError as error:
-        raise ProblemError(f"{complaint.args[0]}; {error}") from None
-    if fault is not None:
-        raise ProblemError(f"{complaint.args[0].partition(':')[0]}: {fault}")
-
-
-def _refuse_misplaced(name: str, value: Any, switch: str, chosen: str, wanted: str) -> None:
-    """A field that one value of another field needs, and no other value allows."""
-    if chosen == wanted and value is None:
-        (spec,) = (spec for spec in Problem.specs() if spec.name == name)
-        raise ProblemError(f"{name} is missing: {spec.meaning}, {spec.allowed}")
-    if chosen != wanted and value is not None:
-        raise ProblemError(
-            f'{name} = {value!r} is not allowed with {switch} = "{chosen}": leave it out'
-        )
-
-
-class FieldSpec(NamedTuple):
-    """What one field is: the row of the notation table, the help of the flag."""
-
-    name: str
-    symbol: str
-    meaning: str
-    allowed: str
-    default: Any  # dataclasses.MISSING if the field must be given
-    choices: tuple[str, ...]
-    text: bool  # whether values are text, not numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """The matrix S0 behind the pre-training labels (docs/theory.md, sections 1 and 2).
-
-    Its eigenvalues follow a law of :mod:`lora_theory.laws`; its eigenvectors are uniformly random.
-    A finite number of spikes changes no order parameter, but what the learned spectrum shows.
-    """
-
-    law: str = _spec(
-        "ρ",
-        "law of the eigenvalues of S0: W0W0ᵀ/√(P0D), symmetric Gaussian, i^{−γ}, or given ones",
-        '"wishart", "goe", "power_law" or "eigenvalues"',
-        default="wishart",
-        choices=("wishart", "goe", "power_law", "eigenvalues"),
-    )
-    exponent: float | None = _spec(
-        "γ", "eigenvalues √(1−2γ)(i/D)^{−γ} of a power law", "> 0 and < 0.5", default=None
-    )
-    eigenvalues: tuple[float, ...] | None = _spec(
-        "s", "eigenvalues of equal shares of D", "numbers that are not all 0", default=None
-    )
-    spikes: tuple[float, ...] | None = _spec(
-        "θ", "rank-one matrices θvvᵀ, ‖v‖ = 1, added to S0", "numbers other than 0", default=None
-    )
-    inverse_temperature: float = _spec(
-        "τ₀", "factor of the teacher's pre-activations, σ(τ₀·)", "> 0", default=1.0
-    )
-
-    def __post_init__(self) -> None:
-        _validate(self, "teacher.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretraining:
-    """Pre-training of W ∈ R^{D×P} on N sequences (docs/theory.md, section 1)."""
-
-    samples: float = _spec("α", "pre-training sequences, N/D²", "> 0")
-    penalty: float = _spec("λ", "strength of the penalty, see regularizer", "> 0")
-    rank: float = _spec("κ", "width of the trained factor, P/D", "> 0", default=1.0)
-    regularizer: str = _spec(
-        "",
-        "λ‖W‖²_F on the factor, or on an unfactorised symmetric S with eigenvalues s: "
-        "(λD/2)‖S‖²_F, λD‖S‖_* or λD ΣR(s)",
-        '"weight_decay", "frobenius", "nuclear_norm" or "separable"',
-        default="weight_decay",
-        choices=("weight_decay", "frobenius", "nuclear_norm", "separable"),
-    )
-    function: str | None = _spec(
-        "R(s)",
-        'the function of the separable penalty, as "abs(s)**1.5 + s**2/2"',
-        "an expression in s of numbers, + - * / **, abs, sqrt, exp, log, log1p, cosh, tanh, "
-        'minimum, maximum, inf and "… if s >= 0 else …"',
-        default=None,
-        text=True,
-    )
-
-    def __post_init__(self) -> None:
-        _validate(self, "pretraining.")
-        _refuse_misplaced(
-            "pretraining.function", self.function, "pretraining.regularizer", self.regularizer,
-            "separable",
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetuning:
-    """Rank-one LoRA w ∈ R^D on N' sequences with W frozen (docs/theory.md, section 1)."""
-
-    samples: float = _spec("α'", "fine-tuning sequences, N'/D", "> 0")
-    penalty: float = _spec("λ'", "weight decay λ'‖w‖² on the LoRA vector", "> 0")
-    signal: float = _spec("q₀", "strength of the task vector, ‖w*‖²/D", "> 0", default=1.0)
-    sequences: str = _spec(
-        "e",
-        "fresh sequences (e = 0) or sequences of the pre-training set with their noise (e = 1)",
-        '"fresh" or "reused"',
-        default="fresh",
-        choices=("fresh", "reused"),
-    )
-    reused_fraction: float | None = _spec(
-        "r", "share of re-used sequences among them, the others fresh; all if left out",
-        "> 0 and ≤ 1", default=None,
-    )  # fmt: skip
-    noise: str | None = _spec(
-        "",
-        "label noise of re-used sequences: as in pre-training, which is the default, or drawn anew",
-        '"shared" or "redrawn"',
-        default=None,
-        choices=("shared", "redrawn"),
-    )
-    rescaling: float = _spec(
-        "β", "factor of the frozen weights, W → √β W, S → βS", "> 0", default=1.0
-    )
-
-    def __post_init__(self) -> None:
-        _validate(self, "finetuning.")
-        if self.sequences == "fresh":
-            for name in ("reused_fraction", "noise"):
-                if (value := getattr(self, name)) is not None:
-                    raise ProblemError(
-                        f"finetuning.{name} = {value!r} is not allowed with finetuning.sequences = "
-                        '"fresh": leave it out, or re-use sequences'
-                    )
-
-    @property
-    def reused(self) -> float:
-        """The share of re-used sequences, from 0 to 1."""
-        if self.sequences == "fresh":
-            return 0.0
-        return 1.0 if self.reused_fraction is None else self.reused_fraction
-
-    @property
-    def redraws_noise(self) -> bool:
-        """Whether re-used sequences have other label noise than in pre-training."""
-        return self.noise == "redrawn"
+__all__ = [
+    "FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Selection", "Teacher",
+    "assign", "read_toml",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,18 +49,18 @@ class Problem:
         True
     """
 
-    tokens: int = _spec("T", "tokens per sequence", "an integer ≥ 2 (≥ 1 for linear)")
-    activation: str = _spec(
+    tokens: int = spec("T", "tokens per sequence", "an integer ≥ 2 (≥ 1 for linear)")
+    activation: str = spec(
         "σ",
         "row softmax, or σ(A) = A/T",
         '"softmax" or "linear"',
         choices=("softmax", "linear"),
     )
-    teacher_rank: float | None = _spec(
+    teacher_rank: float | None = spec(
         "κ₀", "rank of the pre-training teacher, P₀/D, of the Wishart law", "> 0", default=None
     )
-    label_noise: float = _spec("Δ", "variance of the noise on the teacher's pre-activations", "≥ 0")
-    inverse_temperature: float = _spec(
+    label_noise: float = spec("Δ", "variance of the noise on the teacher's pre-activations", "≥ 0")
+    inverse_temperature: float = spec(
         "τ", "factor of the student's pre-activations, σ(τ·)", "> 0", default=1.0
     )
     teacher: Teacher = Teacher()
@@ -290,7 +68,7 @@ class Problem:
     finetuning: Finetuning | None = None
 
     def __post_init__(self) -> None:
-        _validate(self, "")
+        validate(self, "")
         for name, part in (("teacher", Teacher), ("pretraining", Pretraining)):
             if not isinstance(getattr(self, name), part):
                 raise ProblemError(f"{name} = {getattr(self, name)!r} must be a {part.__name__}")
@@ -301,12 +79,12 @@ class Problem:
                 f"tokens = {self.tokens} is not allowed with activation = {self.activation!r}: "
                 "it must be an integer ≥ 2 (1 only for linear)"
             )
-        for name, wanted, value in (
-            ("teacher_rank", "wishart", self.teacher_rank),
-            ("teacher.exponent", "power_law", self.teacher.exponent),
-            ("teacher.eigenvalues", "eigenvalues", self.teacher.eigenvalues),
-        ):
-            _refuse_misplaced(name, value, "teacher.law", self.teacher.law, wanted)
+        law, teacher = self.teacher.law, (self.teacher, "teacher.")
+        refuse_misplaced(self, "", "teacher_rank", "teacher.law", law, "wishart")
+        refuse_misplaced(*teacher, "exponent", "teacher.law", law, "power_law")
+        refuse_misplaced(*teacher, "eigenvalues", "teacher.law", law, "eigenvalues")
+        if self.finetuning is not None and self.finetuning.selection is not None:
+            check_score(self.finetuning.selection, self.tokens)
 
     # -- the one definition of the fields ------------------------------------------------------
 
@@ -317,13 +95,7 @@ class Problem:
 
     def to_flat(self) -> dict[str, Any]:
         """Dotted field names to values; those that are None, or of no second stage, are absent."""
-        flat: dict[str, Any] = {}
-        for name, value in self.to_dict().items():
-            if isinstance(value, dict):
-                flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
-            else:
-                flat[name] = value
-        return {name: value for name, value in flat.items() if value is not None}
+        return dict(_flattened(self.to_dict(), ""))
 
     @property
     def rescaling(self) -> float:
@@ -337,13 +109,7 @@ class Problem:
         """
         raw = self.to_dict()
         for name, value in {**(changes or {}), **named}.items():
-            group, _, inner = name.partition(".")
-            if not inner:
-                raw[name] = value
-            elif isinstance(raw.get(group), dict):
-                raw[group][inner] = value
-            else:
-                raw[group] = {inner: value}
+            assign(raw, name, value)
         return type(self).from_dict(raw)
 
     # -- dictionaries and TOML -----------------------------------------------------------------
@@ -359,17 +125,19 @@ class Problem:
         Raises:
             ProblemError: unknown or missing key, wrong type, value out of range.
         """
-        _refuse_unknown(cls, raw, "")
-        values = dict(raw)
-        for group, part in _PARTS.items():
-            entry = values.get(group)
-            if isinstance(entry, Mapping):
-                values[group] = part(**_checked_keys(part, entry, group + "."))
-            elif group in values and not isinstance(entry, part | None):
-                raise ProblemError(f"{group} = {entry!r} must be a table of fields, [{group}]")
+        values = _with_parts(cls, raw, "")
         if values.get("pretraining") is None:
             values["pretraining"] = Pretraining(**_checked_keys(Pretraining, {}, "pretraining."))
         return cls(**_checked_keys(cls, values, ""))
+
+    def check_text(self) -> None:
+        """Refuse a problem that cannot be written as text."""
+        selection = self.finetuning.selection if self.finetuning else None
+        if selection is not None and callable(selection.score):
+            raise ProblemError(
+                f"finetuning.selection.score = {score_name(selection.score)} is a function of "
+                "Python, which no file or table can hold: write it as finetuning.selection.function"
+            )
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
@@ -377,7 +145,12 @@ class Problem:
         return cls.from_dict(read_toml(path))
 
     def to_toml(self, path: str | Path | None = None) -> str:
-        """The TOML text of the problem, also written to ``path`` if one is given."""
+        """The TOML text of the problem, also written to ``path`` if one is given.
+
+        Raises:
+            ProblemError: a score is a Python function.
+        """
+        self.check_text()
         lines: list[str] = []
         for name, value in self.to_flat().items():
             group, _, inner = name.rpartition(".")
@@ -395,15 +168,20 @@ class Problem:
 #: The groups of fields.
 _PARTS: dict[str, type] = {
     "teacher": Teacher, "pretraining": Pretraining, "finetuning": Finetuning,
+    "finetuning.selection": Selection,
 }  # fmt: skip
 
 
 def assign(raw: dict[str, Any], name: str, value: Any) -> None:
     """Set a field by its dotted name in nested values; what is no table is left to be refused."""
     group, dot, inner = name.partition(".")
-    table = raw.setdefault(group, {}) if dot else raw
-    if isinstance(table, dict):
-        table[inner if dot else name] = value
+    if not dot:
+        raw[name] = value
+        return
+    if raw.get(group) is None:
+        raw[group] = {}
+    if isinstance(raw[group], dict):
+        assign(raw[group], inner, value)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -418,6 +196,29 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ProblemError(f"{path} is not valid TOML: {error}") from error
 
 
+def _with_parts(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values of a part, its tables made the parts they stand for."""
+    _refuse_unknown(part, raw, prefix)
+    values = dict(raw)
+    for name, value in raw.items():
+        inner, full = _PARTS.get(prefix + name), prefix + name
+        if inner is None or isinstance(value, inner | None):
+            continue
+        if not isinstance(value, Mapping):
+            raise ProblemError(f"{full} = {value!r} must be a table of fields, [{full}]")
+        found = _with_parts(inner, value, f"{full}.")
+        values[name] = inner(**_checked_keys(inner, found, f"{full}."))
+    return values
+
+
+def _flattened(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value
+
+
 def _specs(part: type, prefix: str) -> Iterator[FieldSpec]:
     for entry in dataclasses.fields(part):
         if entry.metadata:
@@ -429,10 +230,11 @@ def _specs(part: type, prefix: str) -> Iterator[FieldSpec]:
                 data["allowed"],
                 entry.default,
                 data["choices"],
-                data["text"],
+                bool(data["choices"] or data["expression"]),
             )
         else:
-            yield from _specs(_PARTS[entry.name], entry.name + ".")
+            name = prefix + entry.name
+            yield from _specs(_PARTS[name], f"{name}.")
 
 
 def _refuse_unknown(part: type, raw: Mapping[str, Any], prefix: str) -> None:

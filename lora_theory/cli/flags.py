@@ -32,6 +32,7 @@ _GROUPS = {
     "teacher": "The matrix S0 behind the labels: by default W0W0ᵀ/√(P0D) of rank teacher_rank.",
     "pretraining": "First stage: W is trained on N sequences, then frozen.",
     "finetuning": "Second stage: rank-one LoRA on N' sequences; without these flags there is none.",
+    "finetuning.selection": "Its sequences are chosen from a pool; without these flags any are.",
 }
 _GENERAL = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 
@@ -135,8 +136,7 @@ def _problem(parsed: Any) -> Problem:
     """The problem of the TOML file, if one is named, its values replaced by the given flags."""
     raw: dict[str, Any] = read_toml(parsed.file) if parsed.file else {}
     for spec in Problem.specs():
-        group, _, name = spec.name.rpartition(".")
-        text = getattr(getattr(parsed, group) if group else parsed, name)
+        text = operator.attrgetter(spec.name)(parsed)
         if text is None:
             continue
         values = [number(part) for part in text.split(",")]
@@ -182,13 +182,7 @@ def _form(command: Command) -> type:
     if command.takes_problem:
         where = "TOML file with the problem; flags override it"
         fields.append(_field("file", str, "[FILE]", where, positional=True))
-        specs = Problem.specs()
-        fields += [_problem_field(spec) for spec in specs if "." not in spec.name]
-        for group, meaning in _GROUPS.items():
-            inner = [_problem_field(spec) for spec in specs if spec.name.startswith(f"{group}.")]
-            table = dataclasses.make_dataclass(group, inner)
-            table.__doc__ = meaning
-            fields.append((group, table, dataclasses.field(default_factory=table)))
+        fields += _problem_fields("")
     for setting in command.settings:
         fields.append(_setting_field(setting))
     if command.offers_json:
@@ -196,6 +190,19 @@ def _form(command: Command) -> type:
     form = dataclasses.make_dataclass(command.name, fields)
     form.__doc__ = command.help
     return form
+
+
+def _problem_fields(group: str) -> list[Any]:
+    """The fields of the problem, or of a group of them, and the groups in it."""
+    specs = [spec for spec in Problem.specs() if spec.name.rpartition(".")[0] == group]
+    fields = [_problem_field(spec) for spec in specs]
+    for full, meaning in _GROUPS.items():
+        outer, _, name = full.rpartition(".")
+        if outer == group:
+            table = dataclasses.make_dataclass(name, _problem_fields(full))
+            table.__doc__ = meaning
+            fields.append((name, table, dataclasses.field(default_factory=table)))
+    return fields
 
 
 def _problem_field(spec: FieldSpec) -> Any:

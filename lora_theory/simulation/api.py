@@ -117,6 +117,8 @@ def simulate(
     if effort.pretrained == "sampled":
         check_sampled(problem)
     path = None if save is None else checked_path(save)
+    if path is not None:
+        problem.check_text()  # it is saved with the weights
     target = _device(device)
 
     records, arrays = [], []

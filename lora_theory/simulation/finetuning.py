@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from lora_theory.attention import attention
 from lora_theory.problem import Problem
+from lora_theory.selection import kept
 from lora_theory.simulation.data import Draw, draw_normal, draw_sequences, draw_task_vector
 from lora_theory.simulation.fields import Weights, centred_fields, noisy_fields
 from lora_theory.simulation.minimise import Task
@@ -37,7 +39,8 @@ def finetuning_data(
 ) -> FinetuningData:
     """The first pre-training sequences as far as they are re-used, then fresh ones.
 
-    The former have the noise of their pre-training, or are drawn another one.
+    The former have the noise of their pre-training, or are drawn another one.  Of a pool of fresh
+    ones those of lowest score are taken.
     """
     stage, reused = problem.finetuning, sizes.reused_sequences
     assert stage is not None
@@ -58,7 +61,13 @@ def finetuning_data(
             parts.append(labelled(old, drawn(Draw.FINETUNING_NOISE, reused)[1]))
         else:
             parts.append((old, pretraining.teacher_fields[:reused]))
-    if fresh := sizes.finetuning_sequences - reused:
+    if stage.chosen:
+        pool, noise = drawn(Draw.FINETUNING_SEQUENCES, sizes.pool_sequences)
+        beta = stage.rescaling * problem.inverse_temperature
+        logits = beta * np.asarray(centred_fields(pool, weights), dtype=np.float64)
+        best = kept(stage.chosen, logits, sizes.finetuning_sequences)
+        parts.append(labelled(pool[best], noise[best]))
+    elif fresh := sizes.finetuning_sequences - reused:
         parts.append(labelled(*drawn(Draw.FINETUNING_SEQUENCES, fresh)))
     sequences, teacher_fields = map(jnp.concatenate, zip(*parts, strict=True))
     frozen = dtype(stage.rescaling) * centred_fields(sequences, weights)

@@ -144,6 +144,8 @@ def random_start_threshold(
     most = math.floor(first * _RANGE)
     if stage.reused:
         most = min(most, math.floor(round(problem.pretraining.samples * dim**2) / stage.reused))
+    if stage.selection is not None:
+        most = min(most, math.floor(stage.selection.pool * dim))
     bracket = _bracket(share, first, max(1, math.ceil(first / _RANGE)), most)
     if bracket is None:
         rows = sorted(table)

@@ -25,6 +25,7 @@ class Sizes(NamedTuple):
     pretraining_sequences: int  # N = round(alpha D^2)
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
     reused_sequences: int  # of these: the first ones of the pre-training
+    pool_sequences: int  # from which they are chosen; 0 where any are taken
 
     @classmethod
     def of(cls, problem: Problem, dim: int, *, trained: bool = True) -> Sizes:
@@ -46,6 +47,8 @@ class Sizes(NamedTuple):
         dim = checked_integer("dim", dim, SMALLEST_DIM)
         pretraining, finetuning = problem.pretraining, problem.finetuning
         count = _rounded("finetuning.samples", finetuning.samples, dim, dim) if finetuning else 0
+        chosen = finetuning.chosen if finetuning else None
+        pool = _rounded("finetuning.selection.pool", chosen.pool, dim, dim) if chosen else 0
         sizes = cls(
             dim=dim,
             tokens=problem.tokens,
@@ -60,9 +63,10 @@ class Sizes(NamedTuple):
             ),
             finetuning_sequences=count,
             reused_sequences=round(finetuning.reused * count) if finetuning else 0,
+            pool_sequences=pool,
         )
         first = sizes.pretraining_sequences if trained else dim
-        memory = 48 * max(first, sizes.finetuning_sequences) * sizes.tokens * dim
+        memory = 48 * max(first, sizes.finetuning_sequences, pool) * sizes.tokens * dim
         if memory > LARGEST_MEMORY:
             raise ProblemError(
                 f"dim = {dim} is too large for this problem: the run would need about "

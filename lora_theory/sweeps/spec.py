@@ -152,10 +152,12 @@ def _points(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     for rows in itertools.product(*(rows for _, rows in axes)):
         values = dict(zip(varied, itertools.chain.from_iterable(rows), strict=True))
         try:
-            yield Problem.from_dict(_nested(flat | values))
+            problem = Problem.from_dict(_nested(flat | values))
+            problem.check_text()
         except ProblemError as refusal:
             where = ", ".join(f"{name} = {value!r}" for name, value in values.items())
             raise ProblemError(f"{refusal} (at {where})" if where else str(refusal)) from None
+        yield problem
 
 
 #: Names of fields, and the rows of their values.

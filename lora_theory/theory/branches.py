@@ -17,7 +17,8 @@ from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.errors import Errors, OrderParameters, effective_noise
-from lora_theory.theory.nodes import Discretisation, coarse_chunks
+from lora_theory.theory.kept import kept_coordinates
+from lora_theory.theory.nodes import Discretisation, coarse_chunks, gaussian_blocks
 from lora_theory.theory.results import FinetuningPrediction, Stability
 from lora_theory.theory.roots import (
     ROUGH,
@@ -29,6 +30,16 @@ from lora_theory.theory.roots import (
     with_jumps,
 )
 from lora_theory.theory.stability import finetuning_stability
+from lora_theory.theory.training_fields import (
+    LinearFields,
+    Reuse,
+    SoftmaxFields,
+    Task,
+    kept_linear_fields,
+    linear_fields,
+    node_dimension,
+    softmax_fields,
+)
 
 __all__ = ["FinetuningNodes", "FrozenWeights", "growth_by_block", "solve_branches"]
 
@@ -212,39 +223,47 @@ class FinetuningNodes:
         activation: str,
         discretisation: Discretisation,
     ) -> None:
-        self.task = lora.Task(stage.samples, stage.penalty, stage.signal, weights.label_variance)
-        self._blocks, redrawn = discretisation.blocks, stage.redraws_noise
-        reuse = lora.Reuse(stage.reused, weights.noise_variance if redrawn else None)
-        dimension = lora.node_dimension(tokens, activation, new_noise=redrawn)
-        chunks, self._together = discretisation.chunks(dimension, tokens, discretisation.seed + 1)
+        self.task = Task(stage.samples, stage.penalty, stage.signal, weights.label_variance)
+        self._blocks, self._linear = discretisation.blocks, activation == "linear"
+        if stage.chosen:
+            blocks = _kept_nodes(stage, weights, tokens, activation, discretisation)
+            chunks, self._together = discretisation.in_chunks(blocks, tokens)
+        else:
+            dimension = node_dimension(tokens, activation, new_noise=stage.redraws_noise)
+            seed = discretisation.seed + 1
+            chunks, self._together = discretisation.chunks(dimension, tokens, seed)
         self.coarse = coarse_chunks(chunks, tokens)
-        self._linear = activation == "linear"
-        self._fields: list[lora.LinearFields | lora.SoftmaxFields]
-        if self._linear:
-            noises = (
-                weights.training_noise(tokens, redrawn=redrawn)[0],
-                weights.effective_noise()[0],
-            )
-
-            def linear_fields(chunk: np.ndarray) -> lora.LinearFields:
-                both, reused, share = reuse.by_kind(chunk)
-                noise = np.where(reused, *noises)
-                return lora.linear_fields(both, noise, stage.signal, tokens=tokens, share=share)
-
-            self._fields = [linear_fields(chunk) for chunk in chunks]
-            return
         total = sum(chunk.shape[1] for chunk in chunks)
-        per_node = [np.repeat(part, total // self._blocks) for part in weights[:3]]
+        # linear weights are exact: one value for all blocks
+        by_block = (np.broadcast_to(part, self._blocks) for part in weights[:3])
+        per_node = [np.repeat(part, total // self._blocks) for part in by_block]
         parts = zip(*(np.split(part, len(chunks)) for part in per_node), strict=True)
-
-        def fields(part: tuple[np.ndarray, list[np.ndarray]]) -> lora.SoftmaxFields:
-            chunk, (Q, M, V) = part
-            return lora.softmax_fields(
-                chunk, Q, M, V, self.task,
-                tokens=tokens, reuse=reuse, rescaling=weights.rescaling,
-            )  # fmt: skip
-
+        fields = functools.partial(self._fields_of, stage, weights, tokens)
         self._fields = in_parallel(fields, zip(chunks, parts, strict=True))
+
+    def _fields_of(
+        self,
+        stage: Finetuning,
+        weights: FrozenWeights,
+        tokens: int,
+        part: tuple[np.ndarray, tuple[np.ndarray, ...]],
+    ) -> LinearFields | SoftmaxFields:
+        """What a chunk of nodes stands for, with Q, M and V on it."""
+        nodes, (Q, M, V) = part
+        beta = weights.rescaling
+        if self._linear and stage.chosen:
+            return kept_linear_fields(nodes, Q, M, self.task, tokens=tokens, rescaling=beta)
+        redrawn = stage.redraws_noise
+        reuse = Reuse(stage.reused, weights.noise_variance if redrawn else None)
+        if self._linear:
+            nodes, reused, share = reuse.by_kind(nodes)
+            noises = weights.training_noise(tokens, redrawn=redrawn), weights.effective_noise()
+            noise = np.where(reused, *(noise[0] for noise in noises))
+            return linear_fields(nodes, noise, stage.signal, tokens=tokens, share=share)
+        return softmax_fields(
+            nodes, Q, M, V, self.task,
+            tokens=tokens, reuse=reuse, rescaling=beta, kept=stage.chosen is not None,
+        )  # fmt: skip
 
     def under(self, stage: Finetuning) -> FinetuningNodes:
         """The same nodes for another number of samples or penalty."""
@@ -273,6 +292,23 @@ class FinetuningNodes:
         equations = kind(task, held, blocks=self._together)
         step = len(self._fields) // self._blocks if few and self.has_few else 1
         return Averages(equations, self._fields[::step], self._blocks)
+
+
+def _kept_nodes(
+    stage: Finetuning,
+    weights: FrozenWeights,
+    tokens: int,
+    activation: str,
+    discretisation: Discretisation,
+) -> Float[np.ndarray, "R dimension points"]:
+    """Nodes of chosen sequences: z/√Q where the activation sees it, labels given z, χ* and ζ."""
+    kept = kept_coordinates(stage, np.sqrt(weights.rescaled[0]), tokens, discretisation)
+    seen = kept if activation == "linear" else kept[:, 1:]
+    rest = gaussian_blocks(
+        seen.shape[1] + 2 * tokens, discretisation.points(tokens), discretisation.blocks,
+        discretisation.seed + 1,
+    )  # fmt: skip
+    return np.concatenate([seen, rest], axis=1)
 
 
 class BranchErrors:

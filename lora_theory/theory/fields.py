@@ -18,6 +18,7 @@ __all__ = [
     "field_basis",
     "field_count",
     "field_pairs",
+    "full_basis",
     "softmax_field_hessian",
     "softmax_loss",
     "to_fields",
@@ -36,13 +37,21 @@ def field_basis(tokens: int, activation: str) -> np.ndarray:
     orthonormal.  Adding one number to all logits does not change a softmax: for it the direction
     f_ab ∝ 1/√(1 + δ_ab) (h ∝ 11ᵀ) is left out, by the reflection that takes it to the first pair.
     """
-    pairs = field_pairs(tokens)
-    directions = np.eye(len(pairs))
     if activation == "softmax":
-        mirror, square = _reflection(tokens)
-        directions = (directions - 2 / square * np.outer(mirror, mirror))[:, 1:]
+        return full_basis(tokens)[:, :, 1:]
+    return _symmetric(tokens, np.eye(len(field_pairs(tokens))))
+
+
+def full_basis(tokens: int) -> np.ndarray:
+    """The softmax basis with the flat direction before the others: all of h, (T, T, T(T+1)/2)."""
+    mirror, square = _reflection(tokens)
+    return _symmetric(tokens, np.eye(len(mirror)) - 2 / square * np.outer(mirror, mirror))
+
+
+def _symmetric(tokens: int, directions: np.ndarray) -> np.ndarray:
+    """Matrices h from the coordinates z_ab, a ≤ b, along the first axis."""
     basis = np.zeros((tokens, tokens, directions.shape[1]))
-    for (a, b), row in zip(pairs, directions, strict=True):
+    for (a, b), row in zip(field_pairs(tokens), directions, strict=True):
         basis[a, b] = basis[b, a] = row * (2**0.5 if a == b else 1.0)
     return basis
 

@@ -12,51 +12,26 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
-from scipy.special import gammaincinv, ndtr
+from jaxtyping import Array, Float
 
-from lora_theory.attention import attention
 from lora_theory.compilation import quickly_compiled
-from lora_theory.theory.averages import AWAY, BlockValues, Equations
-from lora_theory.theory.fields import field_basis, field_count, softmax_loss, to_fields
-from lora_theory.theory.pretraining import (
-    SMALLEST_VARIANCE,
-    block_means,
-    frozen_coordinates,
-    paired,
-    smooth_response,
-    with_jacobian,
-)
+from lora_theory.theory.averages import BlockValues, Equations
+from lora_theory.theory.fields import softmax_loss
+from lora_theory.theory.pretraining import block_means, smooth_response, with_jacobian
 from lora_theory.theory.proximal import (
     Proximal,
     linear_lora_proximal,
-    rank_one_part,
-    softmax_field_minima,
     softmax_lora_minima,
     softmax_lora_proximal,
     softmax_lora_starts,
-    with_others,
 )
 from lora_theory.theory.roots import log_ratio
+from lora_theory.theory.training_fields import LinearFields, SoftmaxFields, Task
 
 __all__ = [
-    "FRESH",
-    "INFORMED",
-    "OBSERVABLES",
-    "UNINFORMED",
-    "ZERO",
-    "ZERO_SPREAD",
-    "LinearFields",
-    "LinearFinetuning",
-    "Reuse",
-    "SoftmaxFields",
-    "SoftmaxFinetuning",
-    "Task",
-    "linear_fields",
-    "node_dimension",
-    "relaxation",
-    "softmax_fields",
-]
+    "INFORMED", "OBSERVABLES", "UNINFORMED", "ZERO", "ZERO_SPREAD", "LinearFinetuning",
+    "SoftmaxFinetuning", "relaxation",
+]  # fmt: skip
 
 #: Order of the observables in :class:`~lora_theory.theory.averages.BlockValues`.
 OBSERVABLES = (
@@ -66,218 +41,9 @@ OBSERVABLES = (
 
 # of a search for the minima of LoRA: ω and the most promising of ±χ* and ±χ̂, or of other nodes
 _STARTS = 4
-# for the fields of re-used sequences: minima of other nodes per search, and searches
-_OTHERS, _SEARCHES = 2, 24
 #: log s that stands for s = 0 on the branch w = 0, where only the limit ω = sζ → 0 matters.
 ZERO_SPREAD = float(np.log(1e-5))
 INFORMED, UNINFORMED, ZERO = (False, False), (False, True), (True, True)
-
-
-Share = Float[np.ndarray, "#nodes"]
-_ALL: Share = np.ones(1)
-
-
-class Task(NamedTuple):
-    """The numbers of the fine-tuning task that its equations contain."""
-
-    samples: float  # α'
-    penalty: float  # λ'
-    signal: float  # q0
-    label_variance: float  # Q_y = Q0 + Δ/2, variance of z^y
-
-
-class Reuse(NamedTuple):
-    """How the fine-tuning sequences are related to those of pre-training."""
-
-    share: float  # r, of re-used sequences: 0 for fresh ones
-    new_noise: float | None = None  # Δ/2 if their label noise is drawn anew
-
-    def by_kind(
-        self, nodes: Float[np.ndarray, "n nodes"]
-    ) -> tuple[Float[np.ndarray, "n kinds*nodes"], Bool[np.ndarray, " kinds*nodes"], Share]:
-        """Every node as one of a re-used and as one of a fresh sequence, and their weights."""
-        count = nodes.shape[1]
-        if self.share in (0, 1):
-            return nodes, np.full(count, self.share == 1), _ALL
-        reused = np.tile([True, False], count)
-        weights = np.where(reused, 2 * self.share, 2 * (1 - self.share))
-        return np.repeat(nodes, 2, axis=1), reused, weights
-
-
-FRESH = Reuse(0.0)
-
-
-class LinearFields(NamedTuple):
-    """Residual fields of linear attention on nodes, in the eigenbasis of R + χ*χ*ᵀ − q0 I."""
-
-    levels: Float[Array, "T nodes"]
-    signal: Float[Array, "T nodes"]  # χ*
-    noise: Float[Array, "T nodes"]  # ζ
-    share: Float[Array, "#nodes"]  # weights of the nodes, of mean 1
-
-
-class SoftmaxFields(NamedTuple):
-    """What the frozen weights and the task fix on the nodes of softmax attention."""
-
-    training: Float[Array, "T T nodes"]  # h of the training sequences
-    labels: Float[Array, "T T nodes"]  # y'
-    signal: Float[Array, "T nodes"]  # χ*
-    noise: Float[Array, "T nodes"]  # ζ
-    guess: Float[Array, "T nodes"]  # χ that would fit the labels best if σ were linear
-    share: Float[Array, "#nodes"]  # weights of the nodes, of mean 1
-
-
-def node_dimension(tokens: int, activation: str, *, new_noise: bool = False) -> int:
-    """Gaussian numbers per node: 2n + 2T for softmax, n more with new noise, 3T for linear."""
-    if activation == "linear":
-        return 3 * tokens
-    return (3 if new_noise else 2) * field_count(tokens, "softmax") + 2 * tokens
-
-
-@quickly_compiled("tokens")
-def _eigenbasis(
-    nodes: Array, chi: Array, training_noise: Array, signal: Array, tokens: int
-) -> tuple[Array, ...]:
-    diagonal = jnp.sqrt(2 * training_noise) * nodes[:tokens]
-    length = jnp.sqrt(signal) * chi[0]
-    eye = jnp.eye(tokens)[:, :, None]
-    matrix = eye * (diagonal.at[0].add(length**2) - signal)[:, None]
-    for a in range(tokens - 1):
-        off = jnp.sqrt(training_noise) * chi[1 + a]
-        matrix = matrix.at[a, a + 1].set(off).at[a + 1, a].set(off)
-    levels, vectors = jnp.linalg.eigh(jnp.moveaxis(matrix, -1, 0))
-    both = jnp.concatenate([levels.T, length * vectors[:, 0].T], axis=0)
-    both, noise = paired(both, nodes[tokens:])
-    return both[:tokens], both[tokens:], noise
-
-
-def linear_fields(
-    nodes: Float[np.ndarray, "3T nodes"],
-    training_noise: float | Float[np.ndarray, " nodes"],
-    signal: float,
-    *,
-    tokens: int,
-    share: Share = _ALL,
-) -> LinearFields:
-    """Eigenvalues of R + χ*χ*ᵀ − q0 I, with χ* and ζ in its eigenbasis, for linear attention.
-
-    R = h^y − h is a Gaussian orthogonal matrix of off-diagonal variance Δ_eff; its law does not
-    depend on the basis: χ* may be laid along the first axis and R reduced to a tridiagonal matrix
-    of T Gaussians and T − 1 χ variables (docs/theory.md, section 5).  ζ is Gaussian in any basis.
-    """
-    degrees = np.concatenate([[tokens], np.arange(tokens - 1, 0, -1)])[:, None]
-    chi = np.sqrt(2 * gammaincinv(degrees / 2, ndtr(nodes[2 * tokens :])))
-    levels, star, noise = _eigenbasis(
-        jnp.asarray(nodes[: 2 * tokens]),
-        jnp.asarray(chi),
-        jnp.asarray(training_noise, dtype=float),
-        jnp.asarray(signal, dtype=float),
-        tokens,
-    )
-    return LinearFields(levels, star, noise, _mirrored(share))
-
-
-def _mirrored(share: Share) -> Array:
-    """The weights of the nodes and of their mirror images."""
-    return jnp.asarray(share if len(share) == 1 else np.tile(share, 2))
-
-
-@quickly_compiled("tokens")
-def _frozen_fields(
-    nodes: Array, Q: Array, M: Array, label_variance: Array, tokens: int
-) -> tuple[Array, Array]:
-    n = field_count(tokens, "softmax")
-    return frozen_coordinates(nodes[:n], nodes[n : 2 * n], Q, M, label_variance)[:2]
-
-
-@quickly_compiled("tokens")
-def _reused_minima(label: Array, z: Array, V: Array, starts: Array, tokens: int) -> Array:
-    fields = to_fields(field_basis(tokens, "softmax"), label)
-    labels = attention(fields, "softmax", row_axis=0)
-    found = softmax_field_minima(labels, z, jnp.maximum(V, SMALLEST_VARIANCE), starts)
-    return found.both
-
-
-def _reused_fields(label: Array, z: Array, V: Array, tokens: int) -> Array:
-    """Prox_V(z; y): minima from z, z^y and those of other nodes, until a search lowers none."""
-    minima = jnp.stack([z, label])
-    for search in range(_SEARCHES):
-        starts = with_others(minima, AWAY * (search + 1) % 1.0, _OTHERS)
-        last, minima = minima, _reused_minima(label, z, V, starts, tokens)
-        if search and jnp.max(jnp.abs(minima[0] - last[0])) < 1e-3:
-            break
-    return minima[0]
-
-
-@quickly_compiled("tokens")
-def _with_new_noise(
-    nodes: Array, label: Array, Q: Array, M: Array, label_variance: Array, noise: Array, tokens: int
-) -> Array:
-    n = field_count(tokens, "softmax")
-    g_2, g_3 = nodes[n : 2 * n], nodes[2 * n + 2 * tokens :]
-    spread = frozen_coordinates(label, g_2, Q, M, label_variance)[2]
-    clean = (label_variance - noise) / label_variance
-    shared = M * noise / (label_variance * spread)
-    own = jnp.maximum(noise + clean * noise - shared**2, noise)
-    return clean * label + shared * g_2 + jnp.sqrt(own) * g_3
-
-
-@quickly_compiled("tokens")
-def _softmax_fields(
-    nodes: Array, label: Array, training: Array, share: Array, signal: Array, tokens: int
-) -> SoftmaxFields:
-    n, T = field_count(tokens, "softmax"), tokens
-    basis, eye = field_basis(tokens, "softmax"), jnp.eye(T)[:, :, None]
-    label_fields = to_fields(basis, label)
-    star = jnp.sqrt(signal) * nodes[2 * n : 2 * n + T]
-    lift = star[:, None] * star[None] - signal * eye
-    task_labels = attention(label_fields + lift, "softmax", row_axis=0)
-    guess = rank_one_part(label_fields - to_fields(basis, training) + star[:, None] * star[None])
-    # the fields do not depend on ζ: computed once per mirror pair
-    doubled = [
-        jnp.concatenate([part, part], axis=-1)
-        for part in (to_fields(basis, training), task_labels, guess)
-    ]
-    star, noise = paired(star, nodes[2 * n + T : 2 * n + 2 * T])
-    return SoftmaxFields(doubled[0], doubled[1], star, noise, doubled[2], share)
-
-
-def softmax_fields(
-    nodes: Float[np.ndarray, "dimension nodes"],
-    Q: Float[np.ndarray, " nodes"],
-    M: Float[np.ndarray, " nodes"],
-    V: Float[np.ndarray, " nodes"],
-    task: Task,
-    *,
-    tokens: int,
-    reuse: Reuse = FRESH,
-    rescaling: float = 1.0,
-) -> SoftmaxFields:
-    """The fields that (Q, M, V), here one value per node, leave to fine-tuning.
-
-    Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z, and
-    that label or one with new noise (docs/theory.md, section 3).  The fields of the frozen weights
-    are multiplied by ``rescaling``.
-    """
-    at, *parts = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
-    label, training = _frozen_fields(at, *parts[:2], task.label_variance, tokens)
-    all_nodes, reused, share = reuse.by_kind(nodes)
-    if reuse.share > 0:
-        own = _reused_fields(label, training, parts[2], tokens)
-        own_label = label
-        if reuse.new_noise is not None:
-            variances = task.label_variance, reuse.new_noise
-            own_label = _with_new_noise(at, label, *parts[:2], *variances, tokens)
-        kinds = len(reused) // nodes.shape[1]
-        later, earlier = (
-            jnp.repeat(jnp.stack(pair), kinds, axis=2)
-            for pair in ((own_label, own), (label, training))
-        )
-        label, training = jnp.where(reused, later, earlier)
-    fields: SoftmaxFields = _softmax_fields(
-        jnp.asarray(all_nodes), label, rescaling * training, _mirrored(share), task.signal, tokens
-    )
-    return fields
 
 
 class _Output(NamedTuple):

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from lora_theory.compilation import double_precision
 from lora_theory.observables import plain_fields
 from lora_theory.problem import Problem, ProblemError
+from lora_theory.selection import score_name
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages, BlockValues
 from lora_theory.theory.branches import HELD, BranchErrors, FinetuningNodes, branch_prediction
@@ -67,7 +68,17 @@ class Gradient:
 
 
 def continuous_fields(problem: Problem) -> tuple[str, ...]:
-    """The fields of ``problem`` that have positive numbers which may be varied."""
+    """The fields of ``problem`` that have positive numbers which may be varied.
+
+    Raises:
+        ProblemError: sequences are chosen by a score under which the nodes move by jumps.
+    """
+    chosen = problem.finetuning.chosen if problem.finetuning else None
+    if chosen and chosen.score != "low_variance":
+        raise ProblemError(
+            f"finetuning.selection.score = {score_name(chosen.score)!r} is not allowed where "
+            'fields vary continuously: it must be "uniform" or "low_variance"'
+        )
     return tuple(
         name for name, value in problem.to_flat().items() if isinstance(value, float) and value > 0
     )
@@ -241,7 +252,9 @@ class Tangents:
         first = pretraining_prediction(problem, root, weights, self._discretisation)
         parts: dict[str, Any] = {
             "pretraining": units.pretraining(first),
-            "effective_noise": units.effective_noise(effective_noise(problem, weights)),
+            "effective_noise": units.effective_noise(
+                effective_noise(problem, weights, self._discretisation)
+            ),
         }
         if self._branch:
             _, at, errors = self._finetuning(problem, root, w)

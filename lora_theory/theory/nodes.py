@@ -15,7 +15,7 @@ from scipy.stats import qmc
 from lora_theory.arguments import checked_integer, is_integer
 from lora_theory.problem import ProblemError
 
-__all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks"]
+__all__ = ["Discretisation", "coarse_chunks", "gaussian_blocks", "gaussian_points"]
 
 #: Sobol points per block (each is used with its mirror image), by number of tokens.
 _DEFAULT_POINTS, _FEWEST_POINTS = {1: 4096, 2: 2048, 3: 2048}, 512
@@ -58,12 +58,19 @@ class Discretisation(NamedTuple):
     def chunks(
         self, dimension: int, tokens: int, seed: int
     ) -> tuple[list[Float[np.ndarray, "dimension points"]], int]:
-        """Gaussian nodes in chunks ordered by block, and the number of blocks in each.
+        """Gaussian nodes in chunks, and the number of blocks in each: see :meth:`in_chunks`."""
+        blocks = gaussian_blocks(dimension, self.points(tokens), self.blocks, seed)
+        return self.in_chunks(blocks, tokens)
+
+    def in_chunks(
+        self, blocks: Float[np.ndarray, "blocks dimension points"], tokens: int
+    ) -> tuple[list[Float[np.ndarray, "dimension points"]], int]:
+        """Nodes in chunks ordered by block, and the number of blocks in each.
 
         A chunk is part of a block, or a few small blocks one after another.
         """
-        points, size = self.points(tokens), _CHUNKS.get(tokens, _SMALLEST_CHUNK)
-        blocks = gaussian_blocks(dimension, points, self.blocks, seed)
+        _, dimension, points = blocks.shape
+        size = _CHUNKS.get(tokens, _SMALLEST_CHUNK)
         if points >= size:
             return [part for block in blocks for part in np.split(block, points // size, 1)], 1
         together = max(n for n in range(1, size // points + 1) if self.blocks % n == 0)
@@ -87,19 +94,23 @@ def gaussian_blocks(
 ) -> Float[np.ndarray, "blocks dimension count"]:
     """Standard normal nodes: ``blocks`` independent scramblings of ``count`` Sobol points each.
 
-    Each block integrates Gaussian expectations
-    without bias; their spread gives the quadrature error (docs/theory.md, section 5).
+    Each block integrates Gaussian expectations without bias; their spread gives the quadrature
+    error (docs/theory.md, section 5).
 
     Example:
         >>> gaussian_blocks(3, 64, 2, seed=0).shape
         (2, 3, 64)
     """
     seeds = np.random.SeedSequence(seed).spawn(blocks)
-    parts = []
-    for child in seeds:
-        generator = np.random.default_rng(child)
-        uniform = qmc.Sobol(dimension, scramble=True, rng=generator).random(count)
-        parts.append(ndtri(np.clip(uniform, 2.0**-54, 1 - 2.0**-54)).T)
-    nodes = np.ascontiguousarray(np.stack(parts))
+    nodes = np.stack([gaussian_points(dimension, count, child) for child in seeds])
     nodes.setflags(write=False)
     return nodes
+
+
+def gaussian_points(
+    dimension: int, count: int, seed: np.random.SeedSequence
+) -> Float[np.ndarray, "dimension count"]:
+    """One scrambling: the first ``count`` points of a sequence of a power of two."""
+    sobol = qmc.Sobol(dimension, scramble=True, rng=np.random.default_rng(seed))
+    uniform = sobol.random_base2((count - 1).bit_length())[:count]
+    return np.ascontiguousarray(ndtri(np.clip(uniform, 2.0**-54, 1 - 2.0**-54)).T)

@@ -21,6 +21,7 @@ from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.branches import FrozenWeights, solve_branches
 from lora_theory.theory.errors import Errors, OrderParameters
 from lora_theory.theory.fields import field_count
+from lora_theory.theory.kept import kept_coordinates
 from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import (
     EffectiveNoise,
@@ -96,7 +97,7 @@ def predict(
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
         pretraining = pretraining_prediction(problem, root, weights, discretisation)
-        noise = effective_noise(problem, weights)
+        noise = effective_noise(problem, weights, discretisation)
         first = _pretraining_stability(problem.replace(finetuning=None), discretisation)
         pretraining = flagged(pretraining, first)
         branches: tuple[FinetuningPrediction, ...] = ()
@@ -356,18 +357,26 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling, noise_variance)
 
 
-def effective_noise(problem: Problem, weights: FrozenWeights) -> EffectiveNoise:
+def effective_noise(
+    problem: Problem, weights: FrozenWeights, discretisation: Discretisation
+) -> EffectiveNoise:
     """What the fine-tuning of ``problem`` sees of the weights."""
     stage, (Q, M) = problem.finetuning, weights.rescaled
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = M / Q
         variance = weights.label_variance - np.where(Q > 0, M * gain, 0.0)
     blocks = {"gain": gain, "variance": variance}
+    if stage is not None and stage.chosen:
+        z = kept_coordinates(stage, np.sqrt(Q), problem.tokens, discretisation)
+        blocks["kept_variance"] = Q * (z**2).mean(axis=(1, 2))
     if problem.activation == "linear":
         fresh = blocks["delta_eff"] = blocks["delta_eff_training"] = weights.effective_noise()
         if stage is not None and stage.reused:
             reused = weights.training_noise(problem.tokens, redrawn=stage.redraws_noise)
             blocks["delta_eff_training"] = stage.reused * reused + (1 - stage.reused) * fresh
+        if "kept_variance" in blocks:
+            mismatch = np.where(Q > 0, 1 - gain, 0.0) ** 2
+            blocks["delta_eff_training"] = variance + mismatch * blocks["kept_variance"]
     return EffectiveNoise(
         Q=float(Q.mean()),
         quadrature_error={name: float(standard_error(part)) for name, part in blocks.items()},

@@ -76,7 +76,8 @@ class EffectiveNoise:
     gain = M/Q, variance = Δ/2 + Q0 − M²/Q (label noise included), Q = Tr S²/D.  Linear attention
     feels one number: delta_eff = Δ/2 + Q0 − 2M + Q on fresh sequences, delta_eff_training on the
     sequences it is trained on, a mean over these where only some are re-used; both None for softmax
-    (docs/theory.md, section 4).
+    (docs/theory.md, section 4).  ``kept_variance`` is E z² of sequences chosen from a pool, None
+    without: Q where the score does not change it.
     """
 
     gain: float
@@ -84,6 +85,7 @@ class EffectiveNoise:
     Q: float
     delta_eff: float | None = None
     delta_eff_training: float | None = None
+    kept_variance: float | None = None
     quadrature_error: dict[str, float] | None = None
 
     @property

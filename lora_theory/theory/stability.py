@@ -34,12 +34,13 @@ from lora_theory.theory.proximal import (
 )
 from lora_theory.theory.results import Stability
 from lora_theory.theory.roots import Root, standard_error
+from lora_theory.theory.training_fields import LinearFields, SoftmaxFields, Task
 from lora_theory.theory.weights import Constants
 
 __all__ = ["Stability", "finetuning_stability", "pretraining_stability"]
 
 
-def finetuning_stability(averages: Averages, root: Root, task: lora.Task) -> Stability:
+def finetuning_stability(averages: Averages, root: Root, task: Task) -> Stability:
     """α'v² E‖∂_ωG‖²_F = α' E‖I − ∂prox/∂ω‖²_F at a branch of LoRA, with its jump mass.
 
     A perturbation of w of variance τ per component moves every ω by Gaussians of variance τ, the
@@ -70,7 +71,7 @@ def finetuning_stability(averages: Averages, root: Root, task: lora.Task) -> Sta
 
     def rows(chunk: Any, minima: Any) -> Array:
         found: Array
-        if isinstance(chunk, lora.LinearFields):
+        if isinstance(chunk, LinearFields):
             found = _linear_lora(unknowns, chunk, task, blocks)
         else:
             found = _softmax_lora(unknowns, chunk, task, minima[0], blocks)
@@ -180,8 +181,8 @@ def _squared_response(prox: Proximal) -> Float[Array, " nodes"]:
 
 def _lora_rows(
     unknowns: Array,
-    fields: lora.LinearFields | lora.SoftmaxFields,
-    task: lora.Task,
+    fields: LinearFields | SoftmaxFields,
+    task: Task,
     blocks: int,
     prox: Callable[[Array, Array, Array], Proximal],
 ) -> Array:
@@ -194,7 +195,7 @@ def _lora_rows(
 
 
 @quickly_compiled("blocks")
-def _linear_lora(unknowns: Array, fields: lora.LinearFields, task: lora.Task, blocks: int) -> Array:
+def _linear_lora(unknowns: Array, fields: LinearFields, task: Task, blocks: int) -> Array:
     def prox(omega: Array, v: Array, q: Array) -> Proximal:
         return linear_lora_proximal(fields.levels + q, omega, v)
 
@@ -203,7 +204,7 @@ def _linear_lora(unknowns: Array, fields: lora.LinearFields, task: lora.Task, bl
 
 @quickly_compiled("blocks")
 def _softmax_lora(
-    unknowns: Array, fields: lora.SoftmaxFields, task: lora.Task, minimum: Array, blocks: int
+    unknowns: Array, fields: SoftmaxFields, task: Task, minimum: Array, blocks: int
 ) -> Array:
     def prox(omega: Array, v: Array, q: Array) -> Proximal:
         return softmax_lora_proximal(fields.training, fields.labels, omega, v, q, minimum)

@@ -34,6 +34,10 @@ _SMALLEST_DELTA, _LARGEST_DELTA = 1e-3, 1e3
 _TOLERANCE = 1e-9
 _PRETRAINING = ("interpolation", "ridgeless_Q", "ridgeless_M")
 _NO_FINETUNING = "there is no fine-tuning: give finetuning.samples and finetuning.penalty"
+_A_POOL = (
+    "finetuning.selection: thresholds move finetuning.samples, and with it the share that is kept "
+    "of a pool; leave it out"
+)
 _OTHER_SEED = 7919
 
 
@@ -134,6 +138,8 @@ def _finetuning(problem: Problem, several: Sequence[Discretisation]) -> _Found:
     """The mean of independent sets of nodes; a reason where one of them finds no value."""
     if problem.finetuning is None:
         return _Found({}, dict.fromkeys(NAMES, _NO_FINETUNING))
+    if problem.finetuning.chosen:
+        return _Found({}, dict.fromkeys(NAMES, _A_POOL))
     sets: list[Coexistence] = [coexistence(problem, one) for one in several]
     found = _Found({}, {})
     for name in NAMES:

@@ -48,6 +48,7 @@ class Units(NamedTuple):
             "gain": self.teacher / self.student,
             "variance": self.teacher**2,
             "Q": self.student**2,
+            "kept_variance": self.student**2,
         }
         return self._divided(result, factors)
 
@@ -67,8 +68,8 @@ class Units(NamedTuple):
                 name: error / factors.get(name, 1.0) for name, error in errors.items()
             },
             **{
-                name: getattr(result, name) / factor
+                name: value / factor
                 for name, factor in factors.items()
-                if hasattr(result, name)
+                if (value := getattr(result, name, None)) is not None
             },
         )

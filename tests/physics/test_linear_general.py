@@ -23,11 +23,12 @@ from lora_theory.symbolic import notation as n
 from lora_theory.symbolic.ridge import ridge_solution, saddle_point
 from lora_theory.theory.branches import FinetuningNodes
 from lora_theory.theory.fields import field_basis, field_count, to_fields
-from lora_theory.theory.finetuning import INFORMED, OBSERVABLES, UNINFORMED, LinearFields
+from lora_theory.theory.finetuning import INFORMED, OBSERVABLES, UNINFORMED
 from lora_theory.theory.newton import Expansion, minimise
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks
 from lora_theory.theory.predict import frozen_weights, solve_pretraining
 from lora_theory.theory.proximal import linear_lora_proximal
+from lora_theory.theory.training_fields import LinearFields
 from lora_theory.theory.weights import Constants, weights_at
 
 NODES, BLOCKS = 256, 8

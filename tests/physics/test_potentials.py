@@ -14,7 +14,6 @@ import pytest
 from lora_theory import Finetuning, Prediction, Pretraining, Problem, predict
 from lora_theory.theory.branches import FrozenWeights
 from lora_theory.theory.fields import field_basis, field_count
-from lora_theory.theory.finetuning import linear_fields, node_dimension
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks
 from lora_theory.theory.predict import frozen_weights, solve_pretraining
 from lora_theory.theory.proximal import (
@@ -27,6 +26,7 @@ from lora_theory.theory.proximal import (
     softmax_lora_starts,
 )
 from lora_theory.theory.spectrum import truncated_second_moment
+from lora_theory.theory.training_fields import linear_fields, node_dimension
 
 # seed 11: every branch has a root on so few nodes, though jumps carry half of some responses
 NODES, BLOCKS, SEED = 128, 4, 11

@@ -8,6 +8,7 @@ import pytest
 from lora_theory.laws import Wishart
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory import pretraining as pre
+from lora_theory.theory import training_fields as training
 from lora_theory.theory.averages import Averages, BlockValues, Equations
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import gaussian_blocks
@@ -18,7 +19,7 @@ from lora_theory.theory.weights import Constants
 BLOCKS, POINTS, TOKENS = 4, 32, 2
 #: Blocks are halved, one chunk each, in pairs, and all together.
 LAYOUTS = [(2 * BLOCKS, 1), (BLOCKS, 1), (BLOCKS // 2, 2), (1, BLOCKS)]
-TASK = lora.Task(samples=3.0, penalty=0.2, signal=1.3, label_variance=1.75)
+TASK = training.Task(samples=3.0, penalty=0.2, signal=1.3, label_variance=1.75)
 CONSTANTS = Constants(
     samples=0.5,
     label_variance=1.75,
@@ -77,19 +78,19 @@ def pretraining(chunks: int, together: int) -> Averages:
 
 
 def linear_finetuning(chunks: int, together: int) -> Averages:
-    parts = np.split(whole_nodes(lora.node_dimension(TOKENS, "linear")), chunks, axis=1)
-    fields = [lora.linear_fields(part, 0.4, TASK.signal, tokens=TOKENS) for part in parts]
+    parts = np.split(whole_nodes(training.node_dimension(TOKENS, "linear")), chunks, axis=1)
+    fields = [training.linear_fields(part, 0.4, TASK.signal, tokens=TOKENS) for part in parts]
     return Averages(lora.LinearFinetuning(TASK, lora.INFORMED, blocks=together), fields, BLOCKS)
 
 
 def softmax_finetuning(chunks: int, together: int) -> Averages:
     """Every block of frozen weights of its own."""
-    dimension = lora.node_dimension(TOKENS, "softmax")
+    dimension = training.node_dimension(TOKENS, "softmax")
     parts = np.split(whole_nodes(dimension), chunks, axis=1)
     Q, M, V = (np.repeat(x * np.linspace(0.95, 1.05, BLOCKS), POINTS) for x in (1.2, 1.1, 2.0))
     values = zip(*(np.split(x, chunks) for x in (Q, M, V)), strict=True)
     fields = [
-        lora.softmax_fields(part, *value, TASK, tokens=TOKENS, reuse=lora.Reuse(1.0))
+        training.softmax_fields(part, *value, TASK, tokens=TOKENS, reuse=training.Reuse(1.0))
         for part, value in zip(parts, values, strict=True)
     ]
     return Averages(lora.SoftmaxFinetuning(TASK, lora.INFORMED, blocks=together), fields, BLOCKS)
@@ -213,10 +214,10 @@ def test_minima_of_other_nodes_lead_to_lower_ones():
     """A long w and a soft proximal operator: its own starts miss minima of many nodes."""
     moreau = lora.OBSERVABLES.index("potential")  # plus what the minima do not change
     point = np.log([5.0, 1.0, 3.0]) * [1, 0, 1]
-    parts = np.split(whole_nodes(lora.node_dimension(2, "softmax")), 2, axis=1)
+    parts = np.split(whole_nodes(training.node_dimension(2, "softmax")), 2, axis=1)
     nothing = np.zeros(parts[0].shape[1])
     with jax.enable_x64(True):
-        fields = [lora.softmax_fields(part, *[nothing] * 3, TASK, tokens=2) for part in parts]
+        fields = [training.softmax_fields(part, *[nothing] * 3, TASK, tokens=2) for part in parts]
         averages = Averages(lora.SoftmaxFinetuning(TASK, lora.UNINFORMED, blocks=1), fields, 2)
         values = [averages.at(point, search=True)]
         values += [averages.at(point, search=True, elsewhere=True) for _ in range(24)]

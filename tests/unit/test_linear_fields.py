@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from lora_theory.theory.finetuning import linear_fields, node_dimension
 from lora_theory.theory.nodes import gaussian_blocks
+from lora_theory.theory.training_fields import linear_fields, node_dimension
 
 TRAINING_NOISE, SIGNAL = 0.6, 1.3
 DRAWS = 100_000

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_theory import Estimate, Finetuning, Pretraining, Problem, ProblemError, Teacher
+from lora_theory import (
+    Estimate,
+    Finetuning,
+    Pretraining,
+    Problem,
+    ProblemError,
+    Selection,
+    Teacher,
+)
 from lora_theory.observables import to_plain
 
 RIGHT = {
@@ -59,6 +67,17 @@ problems = st.builds(
         sequences=st.just("reused"),
         reused_fraction=st.none() | st.floats(1e-9, 1.0),
         noise=st.sampled_from([None, "shared", "redrawn"]),
+    )
+    | st.builds(
+        Finetuning,
+        samples=st.floats(1e-300, 1.0),
+        penalty=positive,
+        selection=st.builds(
+            Selection,
+            pool=st.floats(1.0, 1e300),
+            score=st.sampled_from(["uniform", "low_variance", "entropy", "cross_token", "margin"]),
+        )
+        | st.just(Selection(pool=2.0, score="function", function="cross**2 - entropy")),
     ),
 )
 spikes = st.none() | st.lists(positive, min_size=1, max_size=3).map(tuple)
@@ -213,7 +232,8 @@ def test_flat_names_are_those_of_the_specs():
     unset = {spec.name for spec in Problem.specs()} - set(flat)
     assert unset == {
         "teacher.exponent", "teacher.eigenvalues", "teacher.spikes", "pretraining.function",
-        "finetuning.reused_fraction", "finetuning.noise",
+        "finetuning.reused_fraction", "finetuning.noise", "finetuning.selection.pool",
+        "finetuning.selection.score", "finetuning.selection.function",
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from lora_theory.simulation.finetuning import finetuning_data
 from lora_theory.simulation.pretraining import pretraining_data
 from lora_theory.simulation.sizes import Sizes
 from lora_theory.theory import finetuning as lora
+from lora_theory.theory import training_fields as training
 from lora_theory.theory.branches import FinetuningNodes, FrozenWeights
 from lora_theory.theory.fields import field_count
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks
@@ -35,11 +36,11 @@ LINEAR = Problem(
 
 def test_relabelled_fields_have_their_covariances():
     tokens, n = 3, field_count(3, "softmax")
-    dimension = lora.node_dimension(tokens, "softmax", new_noise=True)
+    dimension = training.node_dimension(tokens, "softmax", new_noise=True)
     nodes = np.concatenate(gaussian_blocks(dimension, 2**14, 4, 1), axis=1)
     with jax.enable_x64(True):
-        label, z = lora._frozen_fields(nodes, Q, M, Q0 + NOISE, tokens)
-        new = lora._with_new_noise(nodes, label, Q, M, Q0 + NOISE, NOISE, tokens)
+        label, z = training._frozen_fields(nodes, Q, M, Q0 + NOISE, tokens)
+        new = training._with_new_noise(nodes, label, Q, M, Q0 + NOISE, NOISE, tokens)
     both = np.concatenate([new, label, z])
     expected = np.kron([[Q0 + NOISE, Q0, M], [Q0, Q0 + NOISE, M], [M, M, Q]], np.eye(n))
     assert_allclose(both @ both.T / both.shape[1], expected, atol=5e-3)
