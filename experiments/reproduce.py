@@ -13,15 +13,27 @@ import contraction
 import figure1
 import figure2
 import figure3
+import figure4
 import matplotlib as mpl
 import phases
 import published
+import selection
 import spectra
 from figure_tools import FULL, QUICK
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (figure1, figure2, figure3, spectra, phases, contraction, published)
+    for module in (
+        figure1,
+        figure2,
+        figure3,
+        figure4,
+        selection,
+        spectra,
+        phases,
+        contraction,
+        published,
+    )
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 

@@ -7,7 +7,7 @@ from hypothesis import given as forall
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from lora_theory import Finetuning, Pretraining, Problem, compare, predict, simulate
+from lora_theory import Finetuning, Pretraining, Problem, Selection, compare, predict, simulate
 from lora_theory.cli.commands import COMMANDS
 from lora_theory.cli.flags import given, number, parse
 
@@ -26,6 +26,15 @@ problems = st.builds(
         penalty=positive,
         signal=positive,
         sequences=st.sampled_from(["fresh", "reused"]),
+    )
+    | st.builds(
+        Finetuning,
+        samples=st.floats(1e-300, 1.0),
+        penalty=positive,
+        selection=st.builds(
+            Selection, pool=st.floats(1.0, 1e300), score=st.sampled_from(["uniform", "margin"])
+        )
+        | st.just(Selection(pool=2.0, score="function", function="variance - 2*cross")),
     ),
 )
 
