@@ -142,6 +142,10 @@ def _draw_overlap(panel: Any, part: pd.DataFrame) -> None:
         shade_unstable(panel, SAMPLES, line, 1 - line["value"], color)
         _points(panel, score, points, 1 - points["value"])
     panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    shown = [tick for tick in (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1) if low <= tick <= high]
+    panel.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    panel.set_yticks([], minor=True)
 
 
 def _draw_error(panel: Any, part: pd.DataFrame) -> None:

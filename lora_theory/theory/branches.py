@@ -17,8 +17,9 @@ from lora_theory.status import Status
 from lora_theory.theory import finetuning as lora
 from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.errors import Errors, OrderParameters, effective_noise
+from lora_theory.theory.fields import field_pairs
 from lora_theory.theory.kept import kept_coordinates
-from lora_theory.theory.nodes import Discretisation, coarse_chunks, gaussian_blocks
+from lora_theory.theory.nodes import Discretisation, coarse_chunks
 from lora_theory.theory.results import FinetuningPrediction, Stability
 from lora_theory.theory.roots import (
     ROUGH,
@@ -302,13 +303,12 @@ def _kept_nodes(
     discretisation: Discretisation,
 ) -> Float[np.ndarray, "R dimension points"]:
     """Nodes of chosen sequences: z/√Q where the activation sees it, labels given z, χ* and ζ."""
-    kept = kept_coordinates(stage, np.sqrt(weights.rescaled[0]), tokens, discretisation)
-    seen = kept if activation == "linear" else kept[:, 1:]
-    rest = gaussian_blocks(
-        seen.shape[1] + 2 * tokens, discretisation.points(tokens), discretisation.blocks,
-        discretisation.seed + 1,
-    )  # fmt: skip
-    return np.concatenate([seen, rest], axis=1)
+    pairs = len(field_pairs(tokens))
+    hidden = int(activation == "softmax")  # the flat direction, which the score alone sees
+    nodes = kept_coordinates(
+        stage, np.sqrt(weights.rescaled[0]), tokens, discretisation, pairs - hidden + 2 * tokens
+    )
+    return nodes[:, hidden:]
 
 
 class BranchErrors:

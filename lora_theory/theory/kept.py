@@ -32,7 +32,8 @@ def kept_coordinates(
     scale: Float[np.ndarray, " #R"],
     tokens: int,
     discretisation: Discretisation,
-) -> Float[np.ndarray, "R k points"]:
+    others: int = 0,
+) -> Float[np.ndarray, "R k+others points"]:
     """z/√Q of kept sequences in the basis of :func:`full_basis`, k = T(T+1)/2, on every block.
 
     For "low_variance" the radius of Gaussian nodes is mapped, r² → F⁻¹(ρF(r²)) with F the law of
@@ -40,6 +41,7 @@ def kept_coordinates(
 
     Args:
         stage: with a selection. scale: of the logits, τβ√Q, on every block or on all.
+        others: as many standard normal numbers follow, independent of z.
 
     Raises:
         ProblemError: the share is too small, or the score is refused.
@@ -57,10 +59,10 @@ def kept_coordinates(
     count, points = len(field_pairs(tokens)), discretisation.points(tokens)
     blocks, seed = discretisation.blocks, discretisation.seed + _SEED
     if selection.score == "low_variance":
-        nodes = gaussian_blocks(count, points, blocks, seed)
-        half = (nodes**2).sum(axis=1, keepdims=True) / 2
+        nodes = gaussian_blocks(count + others, points, blocks, seed)
+        half = (nodes[:, :count] ** 2).sum(axis=1, keepdims=True) / 2
         within = gammaincinv(count / 2, share * gammainc(count / 2, half))
-        return np.asarray(nodes * np.sqrt(within / half))
+        return np.concatenate([nodes[:, :count] * np.sqrt(within / half), nodes[:, count:]], axis=1)
     drawn = math.ceil(points / share)
     if drawn * count > _MOST:
         raise ProblemError(
@@ -70,7 +72,13 @@ def kept_coordinates(
             f"{_MOST * stage.samples / (count * points):g}"
         )
     scales = tuple(np.broadcast_to(scale, blocks).tolist())
-    return _lowest(selection, scales, tokens, points, drawn, blocks, seed)
+    z = _lowest(selection, scales, tokens, points, drawn, blocks, seed)
+    if not others:
+        return z
+    # two Sobol sequences run alike: the second one is shuffled
+    shuffled = np.random.default_rng(seed).permutation(points)
+    rest = gaussian_blocks(others, points, blocks, seed + 1)[:, :, shuffled]
+    return np.concatenate([z, rest], axis=1)
 
 
 @functools.lru_cache(maxsize=16)
