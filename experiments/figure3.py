@@ -19,18 +19,25 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_tools import Experiment, Profile, measured_rows, predicted_rows, shade_unstable, solved
+from figure_tools import (
+    PAIRED,
+    Experiment,
+    Profile,
+    paired_rows,
+    predicted_rows,
+    shade_unstable,
+    solved,
+)
 from matplotlib.figure import Figure
 from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 
 from lora_theory import Estimate, Finetuning, Prediction, Pretraining, Problem, predict
-from lora_theory.sweeps import kept_simulations
 
 PENALTY = "pretraining.penalty"
 PANELS = tuple(product(("softmax", "linear"), ("fresh", "reused")))
 #: E' and 1 − o are what gets minimised.
-OBJECTIVES = ("test_error", "overlap")
+OBJECTIVES = PAIRED
 #: λ of the simulations and, between and around them, of the theory.
 SIMULATED = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 BETWEEN = (0.001, 0.0015, 0.002, 0.003, 0.007, 0.015, 0.07, 0.15, 0.3, 0.4, 0.7, 1.4, 2.0)
@@ -134,33 +141,9 @@ def simulation(
     dim, seeds = profile.pick(quick=(48, 8), full=(100, 32))
     reference = NEAR_LEAST_ERROR[activation]
     penalties = profile.pick(quick=(FEW, reference, 0.5), full=SIMULATED)
-    samples: dict[float, dict[str, pd.Series]] = {}
-    labels: dict[float, dict[str, Any]] = {}
-    for penalty in up_to_largest(activation, penalties):
-        asked = problem(activation, sequences, penalty)
-        tolerance = max(1e-3, 1e-4 / penalty)  # relative to λ; rounding does not shrink with it
-        effort = {"starts": 2, "dtype": "float32", "gradient_tolerance": tolerance}
-        (result,) = kept_simulations(asked, [dim], seeds, store / activation / sequences, **effort)
-        yield from measured_rows(result, {})
-        runs = pd.DataFrame(result.runs)
-        samples[penalty] = {name: runs[f"finetuning.{name}"] for name in OBJECTIVES}
-        shared = {**asked.to_flat(), "source": "simulation", "start": "informed"}
-        shared |= {"status": result.status.value, "dim": dim, "seeds": seeds}
-        shared |= {"root_seed": result.environment["seed"], "dtype": result.environment["dtype"]}
-        if activation == "linear":  # what section 7 of docs/theory.md knows of the finite D
-            factor = 2 * (asked.tokens + 1) / asked.tokens
-            samples[penalty]["test_error"] -= factor * runs["finetuning.cross_term"]
-            yield _row(shared, "corrected_test_error", samples[penalty]["test_error"])
-        labels[penalty] = shared
-    for name, penalty in product(OBJECTIVES, samples):
-        if penalty != reference:
-            difference = samples[penalty][name] - samples[reference][name]
-            yield _row(labels[penalty], f"{name}_difference", difference)
-
-
-def _row(labels: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any]:
-    estimate = Estimate.of(samples)
-    return {**labels, "observable": name, "value": estimate.mean, "error": estimate.error}
+    penalties = up_to_largest(activation, penalties)
+    problems = {penalty: problem(activation, sequences, penalty) for penalty in penalties}
+    return paired_rows(problems, reference, dim, seeds, store / activation / sequences)
 
 
 ROWS = {"theory": theory, "simulation": simulation}

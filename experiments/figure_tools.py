@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lora_theory import Prediction, Problem, Simulation, Status, predict
+from lora_theory import Estimate, Prediction, Problem, Simulation, Status, predict
 from lora_theory.sweeps import kept_simulations
 
 # Okabe–Ito colours that stay apart in greyscale too, with a line style and a marker each.
@@ -117,6 +117,8 @@ def computed(
 
 #: Observables of fine-tuning that the tables hold.
 OBSERVED = ("test_error", "overlap", "frozen_test_error")
+#: Those that are compared seed by seed.
+PAIRED = ("test_error", "overlap")
 
 
 def theory_rows(problem: Problem, labels: Mapping[str, Any], profile: Profile) -> Iterator[dict]:
@@ -156,6 +158,51 @@ def measured_rows(result: Simulation, labels: Mapping[str, Any]) -> Iterator[dic
             estimate = getattr(stage, name)
             numbers = {"value": estimate.mean, "error": estimate.error}
             yield {**shared, "start": start, "observable": name, **numbers}
+
+
+def paired_rows(
+    problems: Mapping[float, Problem],
+    reference: float,
+    dim: int,
+    seeds: int,
+    store: Path,
+    pretrained: str = "trained",
+) -> Iterator[dict]:
+    """Simulations along a field, by its values, and their differences from that at ``reference``.
+
+    All share their seeds, so that the differences have less noise.  For linear attention E' is
+    also there without its measured O(1/√D) cross term (docs/theory.md, section 7), and so are its
+    differences.
+    """
+    samples: dict[float, dict[str, pd.Series]] = {}
+    labels: dict[float, dict[str, Any]] = {}
+    for value, asked in problems.items():
+        # relative to λ; rounding does not shrink with it
+        tolerance = max(1e-3, 1e-4 / asked.pretraining.penalty)
+        effort = {"starts": 2, "dtype": "float32", "gradient_tolerance": tolerance}
+        if pretrained != "trained":
+            effort["pretrained"] = pretrained
+        (result,) = kept_simulations(asked, [dim], seeds, store, **effort)
+        yield from measured_rows(result, {})
+        runs = pd.DataFrame(result.runs)
+        samples[value] = {name: runs[f"finetuning.{name}"] for name in PAIRED}
+        shared = {**asked.to_flat(), "source": "simulation", "start": "informed"}
+        shared |= {"status": result.status.value, "dim": dim, "seeds": seeds}
+        shared |= {"root_seed": result.environment["seed"], "dtype": result.environment["dtype"]}
+        if asked.activation == "linear":
+            factor = 2 * (asked.tokens + 1) / asked.tokens
+            samples[value]["test_error"] -= factor * runs["finetuning.cross_term"]
+            yield _row(shared, "corrected_test_error", samples[value]["test_error"])
+        labels[value] = shared
+    for name, value in product(PAIRED, samples):
+        if value != reference:
+            difference = samples[value][name] - samples[reference][name]
+            yield _row(labels[value], f"{name}_difference", difference)
+
+
+def _row(labels: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any]:
+    estimate = Estimate.of(samples)
+    return {**labels, "observable": name, "value": estimate.mean, "error": estimate.error}
 
 
 def shade_unstable(

@@ -15,6 +15,7 @@ import figure2
 import figure3
 import figure4
 import matplotlib as mpl
+import mismatch
 import phases
 import published
 import selection
@@ -27,6 +28,7 @@ EXPERIMENTS = {
         figure1,
         figure2,
         figure3,
+        mismatch,
         figure4,
         selection,
         spectra,
