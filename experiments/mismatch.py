@@ -314,8 +314,8 @@ def caption(table: pd.DataFrame) -> str:
     )  # fmt: skip
     fixed = "; ".join(
         f"{activation}: λ = {penalty:g}"
-        for activation, penalty in simulated.loc[
-            simulated["part"] == f"along {SAMPLES}", ["activation", PENALTY]
+        for activation, penalty in table.loc[
+            table["part"] == f"along {SAMPLES}", ["activation", PENALTY]
         ].drop_duplicates().itertuples(index=False)
     )  # fmt: skip
     return (
@@ -379,9 +379,11 @@ def _differences_text(table: pd.DataFrame) -> str:
     texts = []
     for case, compared in COMPARED.items():
         for knob, value in compared:
-            found = differences(table, case, knob)
-            if value not in found.index:  # in the quick profile
+            rows = case_rows(table, case, f"along {knob}")
+            here = rows["observable"].eq("overlap_difference") & (rows[knob] == value)
+            if not here.any():  # in the quick profile
                 continue
+            found = differences(table, case, knob)
             parts = []
             for letter, name in (("E'", "test_error"), ("o", "overlap")):
                 mean, error, expected = found.loc[value, name]

@@ -70,12 +70,10 @@ class Trajectory(NamedTuple):
 
 PENALTIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 LINEAR = (
-    Trajectory(PENALTY, Axis(0.004, 0.6, 4, 8), ((0.02, 0.1), (*PENALTIES, 0.4)), 0.1),
-    Trajectory(
-        SAMPLES, Axis(0.05, 1.0, 4, 8), ((0.1, 0.2), (0.05, 0.1, 0.2, 0.4)), 0.1, penalty=0.03
-    ),
+    Trajectory(PENALTY, Axis(0.004, 0.6, 3, 8), ((0.02, 0.1), (*PENALTIES, 0.4)), 0.1),
+    Trajectory(SAMPLES, Axis(0.05, 1.0, 3, 8), ((), (0.05, 0.1, 0.2, 0.4)), 0.1, penalty=0.03),
 )
-SOFTMAX = Trajectory(PENALTY, Axis(0.004, 0.3, 4, 6), ((0.05,), PENALTIES), 0.05)
+SOFTMAX = Trajectory(PENALTY, Axis(0.004, 0.3, 3, 6), ((0.05,), PENALTIES), 0.05)
 TRAJECTORIES = {
     "linear fresh": LINEAR,
     "linear reused": LINEAR,
@@ -83,8 +81,8 @@ TRAJECTORIES = {
     "softmax fresh": (
         SOFTMAX._replace(sizes=((48, 4), (100, 64))),
         Trajectory(
-            SAMPLES, Axis(0.1, 3.0, 4, 7), ((0.6,), (0.2, 0.6, 1.2, 3.0)), 0.6, penalty=0.15,
-            pretrained="sampled", sizes=((100, 4), (300, 64)),
+            SAMPLES, Axis(0.1, 3.0, 3, 7), ((), (0.2, 0.6, 1.2, 3.0)), 0.6, penalty=0.15,
+            pretrained="sampled", sizes=((48, 4), (300, 64)),
         ),
     ),
     "softmax reused": (SOFTMAX,),
