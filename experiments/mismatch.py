@@ -115,6 +115,7 @@ def draw(table: pd.DataFrame) -> Figure:
             _draw_map(panel, case_rows(table, case, f"map {upwards}"), upwards)
             panel.set_title(name_of(case) if row == 0 else "")
             panel.set_xlabel(WORDS[PENALTY] if row == 1 else "")
+            panel.tick_params(labelbottom=row == 1)
             panel.set_ylabel(WORDS[upwards] if column == 0 else "")
     paths = [(case, PENALTY) for case in ALONG_PENALTY]
     paths += [("linear reused", SAMPLES), ("softmax fresh", SAMPLES)]
