@@ -146,7 +146,7 @@ def test_the_table_holds_what_the_theory_gives(published):
                 samples=2.0, penalty=0.5, selection=Selection(pool=100.0, score="cross_token")
             ),
         ),
-        nodes=256, seed=5,
+        nodes=1024, seed=5,
     ).finetuning  # fmt: skip
     error = np.hypot(found.quadrature_error["overlap"], row["error"])
     assert abs(found.overlap - row["value"]) < 5 * error
