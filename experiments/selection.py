@@ -217,7 +217,7 @@ def _draw_family(panel: Any, part: pd.DataFrame) -> None:
     ticks = [tick for tick in (-1, 0, 1, 2, 3, 4) if tick <= line["at"].max()]
     labels = [f"{tick}" for tick in ticks]
     for score, (shade, _, symbol) in zip(LEVELS, CURVES[::2], strict=True):
-        place, here = ticks[len(labels) - 1] + 1.0, level(softmax, score)
+        place, here = ticks[-1] + 1.3, level(softmax, score)
         height, width = here["value"] / plain["value"], here["error"] / plain["value"]
         panel.plot([place - 0.35, place + 0.35], [height] * 2, color=shade)
         panel.fill_between(
