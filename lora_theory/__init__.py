@@ -12,10 +12,12 @@ from lora_theory.problem import (
 )
 from lora_theory.simulation import (
     RandomStartThreshold,
+    SecondRoundSimulation,
     Simulation,
     random_start_threshold,
     sample_pretrained,
     simulate,
+    simulate_second_round,
 )
 from lora_theory.status import Status
 from lora_theory.sweeps import load, sweep
@@ -26,6 +28,7 @@ from lora_theory.theory import (
     LearnedSpectrum,
     Optimum,
     Prediction,
+    SecondRound,
     Thresholds,
     continuation,
     finetune,
@@ -34,6 +37,7 @@ from lora_theory.theory import (
     optimize,
     predict,
     predict_many,
+    second_round,
     spectrum,
     thresholds,
 )
@@ -52,6 +56,8 @@ __all__ = [
     "Problem",
     "ProblemError",
     "RandomStartThreshold",
+    "SecondRound",
+    "SecondRoundSimulation",
     "Selection",
     "Simulation",
     "Status",
@@ -68,7 +74,9 @@ __all__ = [
     "predict_many",
     "random_start_threshold",
     "sample_pretrained",
+    "second_round",
     "simulate",
+    "simulate_second_round",
     "spectrum",
     "sweep",
     "thresholds",

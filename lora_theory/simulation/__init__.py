@@ -10,16 +10,19 @@ from lora_theory.simulation.results import (
     Simulation,
 )
 from lora_theory.simulation.sampled import sample_pretrained
+from lora_theory.simulation.second_round import SecondRoundSimulation, simulate_second_round
 
 __all__ = [
     "EffectiveNoiseRuns",
     "FinetuningRuns",
     "PretrainingRuns",
     "RandomStartThreshold",
+    "SecondRoundSimulation",
     "Simulation",
     "loss_on_attention",
     "loss_on_outputs",
     "random_start_threshold",
     "sample_pretrained",
     "simulate",
+    "simulate_second_round",
 ]

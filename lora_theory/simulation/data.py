@@ -39,6 +39,7 @@ class Draw(enum.IntEnum):
     TEST_SEQUENCES = 6
     PRETRAINED_NOISE = 7
     FINETUNING_NOISE = 8  # of re-used sequences
+    SECOND_ROUND_SEQUENCES = 9
 
     def key(self, run: Key[Array, ""]) -> Key[Array, ""]:
         """The key of this purpose in a run."""

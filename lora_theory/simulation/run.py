@@ -33,7 +33,7 @@ from lora_theory.simulation.results import Numbers, SeedRecord
 from lora_theory.simulation.sampled import sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes
 
-__all__ = ["Effort", "run_seeds"]
+__all__ = ["Effort", "descend", "measured", "pretrained_weights", "run_seeds"]
 
 
 class Effort(NamedTuple):
@@ -52,15 +52,15 @@ def run_seeds(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
     """The numbers of some runs, trained together, and the teachers and trained weights of each."""
-    data, pretrained, weights = _pretrained(problem, sizes, effort, keys)
+    data, pretrained, weights = pretrained_weights(problem, sizes, effort, keys)
     finetuned = _finetuned(problem, sizes, effort, keys, data, weights)
     return [
-        _measured(problem, sizes, effort, *run)
+        measured(problem, sizes, effort, *run)
         for run in zip(keys, data, pretrained, weights, *finetuned, strict=True)
     ]
 
 
-def _pretrained(
+def pretrained_weights(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> tuple[list[PretrainingData], list[Minimum], list[Weights]]:
     """The first stage of each run: its data, how it ended, and the weights that it froze."""
@@ -74,11 +74,11 @@ def _pretrained(
     tasks = [pretraining_task(run, problem) for run in data]
     form, function = problem.pretraining.regularizer, problem.pretraining.function
     starts = [run.start for run in data]
-    pretrained = _descend(tasks, starts, problem, effort, form, function)
+    pretrained = descend(tasks, starts, problem, effort, form, function)
     return data, pretrained, [student(minimum.weights, form) for minimum in pretrained]
 
 
-def _measured(
+def measured(
     problem: Problem,
     sizes: Sizes,
     effort: Effort,
@@ -89,6 +89,7 @@ def _measured(
     task_vector: Array,
     minima: Sequence[Minimum],
 ) -> tuple[SeedRecord, dict[str, np.ndarray]]:
+    """The numbers of a run, and its teacher and trained weights."""
     test, frozen, *tuned = sampled_errors(
         key,
         effort.test_sequences,
@@ -166,11 +167,11 @@ def _finetuned(
         ]
         for index in range(effort.starts)
     ]
-    minima = [_descend(tasks, start, problem, effort) for start in starts]
+    minima = [descend(tasks, start, problem, effort) for start in starts]
     return vectors, [list(run) for run in zip(*minima, strict=True)]
 
 
-def _descend(
+def descend(
     tasks: Sequence[Task],
     starts: Sequence[Array],
     problem: Problem,

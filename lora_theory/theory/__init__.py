@@ -13,6 +13,7 @@ from lora_theory.theory.results import (
     Prediction,
     PretrainingPrediction,
 )
+from lora_theory.theory.second_round import SecondRound, second_round
 from lora_theory.theory.thresholds import Thresholds, thresholds
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Outlier",
     "Prediction",
     "PretrainingPrediction",
+    "SecondRound",
     "Thresholds",
     "continuation",
     "finetune",
@@ -34,6 +36,7 @@ __all__ = [
     "optimize",
     "predict",
     "predict_many",
+    "second_round",
     "spectrum",
     "thresholds",
 ]

@@ -115,10 +115,13 @@ class Averages:
 
     def of(self, function: Callable[[Any, Any], Any]) -> Float[np.ndarray, "R K"]:
         """Further averages: ``function`` of a chunk and its last minima gives rows."""
-        rows = in_parallel(
+        return self._by_block(np.concatenate([np.asarray(part) for part in self.each(function)]))
+
+    def each(self, function: Callable[[Any, Any], _Out]) -> list[_Out]:
+        """``function`` of every chunk and its last minima."""
+        return in_parallel(
             lambda i: function(self.chunks[i], self._minima[i]), range(len(self.chunks))
         )
-        return self._by_block(np.concatenate([np.asarray(part) for part in rows]))
 
     def at(
         self,

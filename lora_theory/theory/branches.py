@@ -329,22 +329,23 @@ class BranchErrors:
         )
         self._Q, self._M = (np.broadcast_to(part, (blocks,)) for part in weights.rescaled)
         nothing = np.zeros(blocks)
-        self.frozen = self._estimate(nothing, nothing, 0.0, 0.0)
+        self.frozen = self.estimate(nothing, nothing, 0.0, 0.0)
 
     def of(self, root: Root) -> tuple[float, float]:
         """E' at the root, its error from the roots of the blocks."""
         points = np.vstack([root.unknowns, root.block_unknowns])
         (q, *blocks_q), (m, *blocks_m) = self._overlaps(points)
-        return self._estimate(np.array(blocks_q), np.array(blocks_m), q, m)
+        return self.estimate(np.array(blocks_q), np.array(blocks_m), q, m)
 
     def _overlaps(self, x: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, " n"], ...]:
         s, m = np.exp(x[:, 0]), x[:, 1] * self._signal
         return s**2 + m**2 / self._signal, m
 
-    def _estimate(
+    def estimate(
         self, blocks_q: Float[np.ndarray, " R"], blocks_m: Float[np.ndarray, " R"],
         q: float, m: float,
     ) -> tuple[float, float]:  # fmt: skip
+        """E' at (q, m), its error from the values on the blocks."""
         at = OrderParameters(self._Q, self._M, blocks_q, blocks_m)
         center = OrderParameters.same(self._Q.mean(), self._M.mean(), q, m, len(blocks_q))
         value = self._errors.at(center, self._signal).mean()

@@ -19,7 +19,7 @@ from lora_theory.selection import kept
 from lora_theory.theory.fields import field_pairs, full_basis
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks, gaussian_points
 
-__all__ = ["kept_coordinates"]
+__all__ = ["check_drawn", "kept_coordinates"]
 
 #: Beside the other seeds of a discretisation.
 _SEED = 3
@@ -63,14 +63,7 @@ def kept_coordinates(
         half = (nodes[:, :count] ** 2).sum(axis=1, keepdims=True) / 2
         within = gammaincinv(count / 2, share * gammainc(count / 2, half))
         return np.concatenate([nodes[:, :count] * np.sqrt(within / half), nodes[:, count:]], axis=1)
-    drawn = math.ceil(points / share)
-    if drawn * count > _MOST:
-        raise ProblemError(
-            f"finetuning.selection.pool = {selection.pool:g} is not allowed with "
-            f"finetuning.samples = {stage.samples:g} in the theory of score = "
-            f"{selection.score!r}: with nodes = {points} it must be at most "
-            f"{_MOST * stage.samples / (count * points):g}"
-        )
+    drawn = check_drawn(stage, count, points)
     scales = tuple(np.broadcast_to(scale, blocks).tolist())
     z = _lowest(selection, scales, tokens, points, drawn, blocks, seed)
     if not others:
@@ -79,6 +72,21 @@ def kept_coordinates(
     shuffled = np.random.default_rng(seed).permutation(points)
     rest = gaussian_blocks(others, points, blocks, seed + 1)[:, :, shuffled]
     return np.concatenate([z, rest], axis=1)
+
+
+def check_drawn(stage: Finetuning, count: int, points: int) -> int:
+    """How many nodes of ``count`` numbers are drawn so that ``points`` are kept."""
+    selection = stage.chosen
+    assert selection is not None
+    drawn = math.ceil(points * selection.pool / stage.samples)
+    if drawn * count > _MOST:
+        raise ProblemError(
+            f"finetuning.selection.pool = {selection.pool:g} is not allowed with "
+            f"finetuning.samples = {stage.samples:g} in the theory of score = "
+            f"{selection.score!r}: with nodes = {points} it must be at most "
+            f"{_MOST * stage.samples / (count * points):g}"
+        )
+    return drawn
 
 
 @functools.lru_cache(maxsize=16)

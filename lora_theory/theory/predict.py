@@ -45,6 +45,7 @@ __all__ = [
     "predict_many",
     "pretraining_averages",
     "solve_pretraining",
+    "worst",
 ]
 
 _COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
@@ -110,7 +111,7 @@ def predict(
             found = (flagged(found[0], second), *found[1:])
             branches = tuple(units.finetuning(branch) for branch in found)
     chosen = branches[0] if branches else None
-    status = _worst([pretraining.status] + ([chosen.status] if chosen else []))
+    status = worst([pretraining.status] + ([chosen.status] if chosen else []))
     return Prediction(
         problem=problem,
         status=status,
@@ -384,5 +385,6 @@ def effective_noise(
     )
 
 
-def _worst(statuses: list[Status]) -> Status:
+def worst(statuses: list[Status]) -> Status:
+    """The one that says most against the numbers."""
     return max(statuses, key=_SEVERITY.index)

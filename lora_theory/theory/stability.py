@@ -37,7 +37,7 @@ from lora_theory.theory.roots import Root, standard_error
 from lora_theory.theory.training_fields import LinearFields, SoftmaxFields, Task
 from lora_theory.theory.weights import Constants
 
-__all__ = ["Stability", "finetuning_stability", "pretraining_stability"]
+__all__ = ["Stability", "finetuning_stability", "pretraining_stability", "squared_response"]
 
 
 def finetuning_stability(averages: Averages, root: Root, task: Task) -> Stability:
@@ -171,7 +171,7 @@ def _with_gradient(value: Callable[[Array], Array], point: Array) -> Float[Array
     return jnp.concatenate([value(point)[:, None], jax.jacfwd(value)(point)], axis=1)
 
 
-def _squared_response(prox: Proximal) -> Float[Array, " nodes"]:
+def squared_response(prox: Proximal) -> Float[Array, " nodes"]:
     """‖I − ∂u/∂ω‖²_F = v²‖∂_ωG‖²_F per node, ∂u/∂ω the inverse of the Hessian."""
     eye = jnp.eye(prox.point.shape[0])[:, :, None]
     units = jnp.broadcast_to(eye, prox.hessian.shape)
@@ -189,7 +189,7 @@ def _lora_rows(
     def value(x: Array) -> Array:
         s, gain, v = jnp.exp(x[0]), x[1], jnp.exp(x[2])
         at = prox(gain * fields.signal + s * fields.noise, v, s**2 + gain**2 * task.signal)
-        return task.samples * pre.block_means(fields.share * _squared_response(at), blocks)
+        return task.samples * pre.block_means(fields.share * squared_response(at), blocks)
 
     return _with_gradient(value, unknowns)
 
@@ -231,6 +231,6 @@ def _softmax_fields(
         logits = to_fields(field_basis(tokens, "softmax"), label)
         labels = attention(logits, "softmax", row_axis=0)
         prox = softmax_field_proximal(labels, frozen, V, minimum)
-        return 2 * samples / V**2 * pre.block_means(_squared_response(prox), blocks)
+        return 2 * samples / V**2 * pre.block_means(squared_response(prox), blocks)
 
     return _with_gradient(value, point)

@@ -162,7 +162,7 @@ def test_squared_response_of_softmax_is_that_of_the_loss_alone(kind):
             prox = softmax_lora_proximal(*parts, u.T)
         else:
             prox = softmax_field_proximal(labels, centre, v, u.T)
-        return hessians, stability._squared_response(prox)
+        return hessians, stability.squared_response(prox)
 
     with jax.enable_x64(True):
         hessians, found = map(np.asarray, both(u, logits, frozen))
@@ -178,7 +178,7 @@ def test_squared_response_of_linear_lora_is_that_of_finite_differences():
         omega = jnp.asarray(rng.normal(size=(2, nodes)))
         levels = jnp.sort(jnp.asarray(rng.normal(size=(2, nodes))), axis=0)
         proximal = jax.jit(lambda omega: linear_lora_proximal(levels, omega, v))
-        found = np.asarray(stability._squared_response(proximal(omega)))
+        found = np.asarray(stability.squared_response(proximal(omega)))
         total = np.zeros(nodes)
         for direction in step * jnp.eye(2)[:, :, None]:
             up, down = (np.asarray(proximal(omega + sign * direction).force) for sign in (1, -1))
