@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import collapse
 import contraction
 import figure1
 import figure2
@@ -27,6 +28,7 @@ EXPERIMENTS = {
     for module in (
         figure1,
         figure2,
+        collapse,
         figure3,
         mismatch,
         figure4,
