@@ -63,7 +63,11 @@ def as_prediction(found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("activation", "dims"), [("linear", (60, 120)), ("softmax", (50, 80, 160))]
+    ("activation", "dims"),
+    [
+        ("linear", (60, 120)),
+        pytest.param("softmax", (50, 80, 160), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_theory_is_the_limit_of_trained_systems(activation, dims):
     first, samples, selection, seen = CASES[activation]
@@ -87,7 +91,7 @@ def test_theory_is_the_limit_of_trained_systems(activation, dims):
         assert max(abs(wrong[name]) for name in seen) > 5, (change, wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_change_of_the_first_vector_moves_the_second_as_the_theory_says():
     """w₂ moves by v₂ĉ₂δ, ĉ₂ of the second batch, when it is chosen by w₁ + δ; δ ⟂ all else."""
     dim, seeds, nodes = 120, 60, 512
