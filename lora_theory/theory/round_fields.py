@@ -13,19 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lora_theory.compilation import quickly_compiled
 from lora_theory.parts import Finetuning
 from lora_theory.selection import kept
 from lora_theory.theory.averages import Averages, in_parallel
 from lora_theory.theory.branches import FrozenWeights
-from lora_theory.theory.fields import full_basis, to_fields
+from lora_theory.theory.fields import full_basis
 from lora_theory.theory.finetuning import LinearFinetuning, SoftmaxFinetuning
 from lora_theory.theory.kept import check_drawn
 from lora_theory.theory.nodes import Discretisation, gaussian_blocks, gaussian_points
 from lora_theory.theory.pretraining import paired
 from lora_theory.theory.proximal import linear_lora_proximal, softmax_lora_proximal
 from lora_theory.theory.roots import Root
-from lora_theory.theory.training_fields import LinearFields, SoftmaxFields, Task, softmax_fields
+from lora_theory.theory.training_fields import (
+    LinearFields,
+    SoftmaxFields,
+    Task,
+    eigenbasis,
+    given_frozen,
+    softmax_fields,
+)
 
 __all__ = ["FirstRound", "RoundFields", "round_fields"]
 
@@ -208,25 +214,13 @@ def _new_linear(
     """The second batch of linear attention, in the eigenbasis of its residual matrix."""
     k = full_basis(tokens).shape[2]
     chi, star = _vectors(nodes, before, task, k, tokens)
-    gain = M / math.sqrt(Q) if Q > 0 else 0.0
-    spread = math.sqrt(max(task.label_variance - gain**2, 0.0))
+    gain, spread = given_frozen(np.array([Q]), np.array([M]), task.label_variance)
     label_noise = nodes[k + tokens : 2 * k + tokens]
     residual = (gain - rescaling * math.sqrt(Q)) * nodes[:k] + spread * label_noise
-    arrays = (jnp.asarray(part) for part in (residual, star, chi))
-    turned = _rotated(*arrays, jnp.asarray(task.signal), tokens)
-    both, noise = paired(turned, jnp.asarray(nodes[-tokens:]))
+    arrays = (jnp.asarray(part) for part in (residual, star, chi, task.signal))
+    both, noise = paired(eigenbasis(*arrays, tokens), jnp.asarray(nodes[-tokens:]))
     levels, signal, first = jnp.split(both, 3)
     return LinearFields(levels, signal, noise, jnp.ones(1)), first
-
-
-@quickly_compiled("tokens")
-def _rotated(residual: Array, star: Array, chi: Array, signal: Array, tokens: int) -> Array:
-    """Eigenvalues of R + χ*χ*ᵀ − q0 I, then χ* and χ₁ in its eigenbasis."""
-    matrix = to_fields(full_basis(tokens), residual) + star[:, None] * star[None]
-    matrix = matrix - signal * jnp.eye(tokens)[:, :, None]
-    levels, vectors = jnp.linalg.eigh(jnp.moveaxis(matrix, -1, 0))
-    star, chi = (jnp.einsum("Nai,aN->iN", vectors, part) for part in (star, chi))
-    return jnp.concatenate([levels.T, star, chi])
 
 
 def _new_softmax(

@@ -26,8 +26,8 @@ from lora_theory.theory.pretraining import SMALLEST_VARIANCE, frozen_coordinates
 from lora_theory.theory.proximal import rank_one_part, softmax_field_minima, with_others
 
 __all__ = [
-    "FRESH", "LinearFields", "Reuse", "SoftmaxFields", "Task", "kept_linear_fields",
-    "linear_fields", "node_dimension", "softmax_fields",
+    "FRESH", "LinearFields", "Reuse", "SoftmaxFields", "Task", "eigenbasis", "given_frozen",
+    "kept_linear_fields", "linear_fields", "node_dimension", "softmax_fields",
 ]  # fmt: skip
 
 # for the fields of re-used sequences: minima of other nodes per search, and searches
@@ -138,16 +138,22 @@ def linear_fields(
 
 
 @quickly_compiled("tokens")
-def _eigenbasis(
-    residual: Array, star: Array, noise: Array, signal: Array, tokens: int
-) -> tuple[Array, ...]:
-    star = jnp.sqrt(signal) * star
+def eigenbasis(
+    residual: Float[Array, "k nodes"],
+    star: Float[Array, "T nodes"],
+    other: Float[Array, "T nodes"],
+    signal: Array,
+    tokens: int,
+) -> Float[Array, "3T nodes"]:
+    """Eigenvalues of R + χ*χ*ᵀ − q0 I, and χ* and another vector in its eigenbasis.
+
+    R in the coordinates of :func:`full_basis`.
+    """
     matrix = to_fields(full_basis(tokens), residual) + star[:, None] * star[None]
     matrix = matrix - signal * jnp.eye(tokens)[:, :, None]
     levels, vectors = jnp.linalg.eigh(jnp.moveaxis(matrix, -1, 0))
-    star, noise = (jnp.einsum("Nai,aN->iN", vectors, part) for part in (star, noise))
-    both, noise = paired(jnp.concatenate([levels.T, star]), noise)
-    return both[:tokens], both[tokens:], noise
+    turned = (jnp.einsum("Nai,aN->iN", vectors, part) for part in (star, other))
+    return jnp.concatenate([levels.T, *turned])
 
 
 def kept_linear_fields(
@@ -164,15 +170,16 @@ def kept_linear_fields(
     Nodes are z/√Q in the basis of :func:`full_basis`, k other numbers, χ* and ζ.
     """
     k = len(field_pairs(tokens))
-    gain, spread = _given_frozen(Q, M, task.label_variance)
+    gain, spread = given_frozen(Q, M, task.label_variance)
     residual = (gain - rescaling * np.sqrt(Q)) * nodes[:k] + spread * nodes[k : 2 * k]
-    star, noise = nodes[2 * k : 2 * k + tokens], nodes[2 * k + tokens :]
-    arrays = (jnp.asarray(part) for part in (residual, star, noise))
-    levels, star, noise = _eigenbasis(*arrays, jnp.asarray(task.signal), tokens)
-    return LinearFields(levels, star, noise, jnp.ones(1))
+    star = np.sqrt(task.signal) * nodes[2 * k : 2 * k + tokens]
+    arrays = (residual, star, nodes[2 * k + tokens :], task.signal)
+    turned = eigenbasis(*map(jnp.asarray, arrays), tokens)
+    both, noise = paired(turned[: 2 * tokens], turned[2 * tokens :])
+    return LinearFields(both[:tokens], both[tokens:], noise, jnp.ones(1))
 
 
-def _given_frozen(
+def given_frozen(
     Q: Float[np.ndarray, " nodes"], M: Float[np.ndarray, " nodes"], label_variance: float
 ) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
     """z^y = (M/√Q)(z/√Q) + S g: M/√Q and S, S² = Q_y − M²/Q."""
@@ -267,7 +274,7 @@ def softmax_fields(
     at, *parts = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
     if kept:
         n = field_count(tokens, "softmax")
-        gain, spread = _given_frozen(Q, M, task.label_variance)
+        gain, spread = given_frozen(Q, M, task.label_variance)
         training = jnp.asarray(np.sqrt(Q) * nodes[:n])
         label = jnp.asarray(gain * nodes[:n] + spread * nodes[n : 2 * n])
     else:
