@@ -119,10 +119,6 @@ BAD = [
     ({"pool": 9, "score": "best"}, "finetuning.selection.score = 'best' is not allowed: it must"),
     ({"pool": 9, "score": "function"}, "finetuning.selection.function is missing"),
     ({"pool": 9, "function": "cross"}, "finetuning.selection.function = 'cross' is not allowed"),
-    (
-        {"pool": 9, "score": "entropy"},
-        'score = "entropy" is not allowed with activation = "linear"',
-    ),
     ({"pool": 9, "score": "function", "function": "height"}, "'height' is not allowed in it"),
     ({"pool": 9, "score": "function", "function": "1 + 1"}, "it must depend on the logits"),
     ({"pool": 9, "score": "function", "function": "log(cross)"}, "it is NaN for"),
