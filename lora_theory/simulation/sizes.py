@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     pretraining_sequences: int  # N = round(alpha D^2)
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
     reused_sequences: int  # of these: the first ones of the pre-training
-    pool_sequences: int  # from which they are chosen; 0 where any are taken
+    pool_sequences: int = 0  # from which they are chosen; 0 where any are taken
 
     @classmethod
     def of(cls, problem: Problem, dim: int, *, trained: bool = True) -> Sizes:

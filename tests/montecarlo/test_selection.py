@@ -25,7 +25,13 @@ SEEN = ("train_error", "overlap", "test_error")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "linear, low variance",
+        pytest.param("softmax, large cross-token logit", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_theory_is_the_limit_of_trained_systems(case):
     changes, seeds = CASES[case]
     problem = BASE.replace(changes)

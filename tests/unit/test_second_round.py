@@ -53,7 +53,9 @@ def scores(found, expected, names=SAME):
     }
 
 
-@pytest.mark.parametrize("activation", ["linear", pytest.param("softmax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "activation", ["linear", pytest.param("softmax", marks=pytest.mark.exhaustive)]
+)
 def test_any_second_batch_is_one_round_with_all_sequences(activation):
     first = problem(activation)
     samples = first.finetuning.samples
@@ -78,7 +80,9 @@ def test_two_choices_by_the_frozen_logits_are_one_from_both_pools():
     assert abs(found.choice) < 4.5 * found.quadrature_error["choice"]
 
 
-@pytest.mark.parametrize("activation", ["linear", pytest.param("softmax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "activation", ["linear", pytest.param("softmax", marks=pytest.mark.exhaustive)]
+)
 def test_moments_at_the_root_are_those_of_a_stationary_fit(activation):
     """(2λ' + 2⟨∂_qℓ⟩)(m₂, p, q₂) = ⟨(χ*, χ₁, χ₂)·G₂⟩ on the nodes; not with ω₁ for χ₁."""
     asked, settings = problem(activation), Discretisation(256, 2, 0, 1e-10)
