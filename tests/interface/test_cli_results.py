@@ -22,7 +22,7 @@ JSON_NAMES = {
     "pretraining": STAGE
     | {"Q", "M", "V", "Q_hat", "M_hat", "V_hat", "potential"}
     | {"test_error", "train_error", "overlap", "learned_rank"},
-    "effective_noise": {"gain", "variance", "delta_eff", "delta_eff_training"}
+    "effective_noise": {"gain", "variance", "delta_eff", "delta_eff_training", "kept_variance"}
     | {"Q", "quadrature_error"},
     "finetuning": STAGE
     | {"q", "m", "v", "q_hat", "m_hat", "v_hat", "potential", "branch", "signal_growth"}
