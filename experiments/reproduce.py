@@ -17,8 +17,11 @@ import figure3
 import figure4
 import matplotlib as mpl
 import mismatch
+import optimal
 import phases
+import price
 import published
+import rounds
 import selection
 import spectra
 from figure_tools import FULL, QUICK
@@ -29,10 +32,13 @@ EXPERIMENTS = {
         figure1,
         figure2,
         collapse,
+        price,
         figure3,
+        optimal,
         mismatch,
         figure4,
         selection,
+        rounds,
         spectra,
         phases,
         contraction,

@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from figure_tools import Profile
+from scipy import stats
 
 from lora_theory import EffectiveNoise, Finetuning, finetune, predict
 
 SEEN = ("test_error", "overlap", "q", "m", "v", "potential")
+#: What is asked of curves that are to be one, where the same nodes serve both.
+SAME = 1e-6
 FEW = Profile("quick", nodes=64, blocks=8, points=0, dim=0, seeds=0)
 LAWS = {
     "Wishart, weight decay": {},
@@ -31,6 +34,22 @@ def drawn(rng, law):
         "pretraining.penalty": math.exp(rng.uniform(math.log(0.02), math.log(0.3))),
     }
     return collapse.STANDARD.replace(fields | LAWS[law])
+
+
+#: Quadrature errors, of blocks, between curves that are not one; by chance with p = 1 %.
+APART = stats.t(FEW.blocks - 1).isf(0.005)
+
+
+def most_by_chance():
+    """Mean + 4 standard deviations of χ² if simulation and theory agree.
+
+    Every point is a t-variable; its degrees of freedom are at least those of the D with the fewest
+    seeds.
+    """
+    levels = {level: name for name, part in collapse.SIMULATED.items() for level in part}
+    fewest = [min(collapse.SEEDS[levels[level]]["full"].values()) - 1 for level in collapse.LEVELS]
+    squares = stats.f(1, np.repeat(fewest, len(collapse.NAMES)))
+    return squares.mean().sum() + 4 * math.sqrt(squares.var().sum())
 
 
 def off(one, other, name):
@@ -61,11 +80,11 @@ def test_linear_random_pairs_of_equal_effective_noise_have_one_curve(seed):
     for name in SEEN:
         value = getattr(one.finetuning, name)
         found = {key: getattr(other.finetuning, name) for key, other in others.items()}
-        assert found["matched"] == pytest.approx(value, rel=1e-6), name
+        assert found["matched"] == pytest.approx(value, rel=SAME), name
     for name in ("test_error", "overlap"):
-        assert off(one.finetuning, others["not rescaled"].finetuning, name) > 10, name
+        assert off(one.finetuning, others["not rescaled"].finetuning, name) > APART, name
         value, control = (getattr(p.finetuning, name) for p in (one, others["re-used"]))
-        assert abs(control / value - 1) > 5e-4, name
+        assert abs(control / value - 1) > 100 * SAME, name
 
 
 @pytest.mark.slow
@@ -80,10 +99,10 @@ def test_softmax_of_equal_gain_and_variance_has_one_curve_and_of_equal_delta_eff
         )[0]  # fmt: skip
     (first, one), (_, same), (control, other) = found.values()
     for name in SEEN:
-        assert getattr(same, name) == pytest.approx(getattr(one, name), rel=1e-6), name
+        assert getattr(same, name) == pytest.approx(getattr(one, name), rel=SAME), name
     assert control["delta_eff"] == pytest.approx(first["delta_eff"], rel=1e-7)
     for name in ("test_error", "overlap"):
-        assert off(one, other, name) > 4, name
+        assert off(one, other, name) > APART, name
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +119,11 @@ def test_simulations_of_all_families_are_on_the_one_line_and_off_those_of_contro
     own, count = collapse.chi_square(table, activation, observable)
     one = collapse.chi_square(table, activation, observable, "A")[0]
     assert count == len(collapse.NAMES) * len(collapse.LEVELS)
-    assert max(own, one) < 2 * count
+    assert max(own, one) < most_by_chance()
     for control in collapse.CONTROLS[activation]:
-        assert collapse.chi_square(table, activation, observable, control)[0] > 5 * count, control
+        assert collapse.chi_square(table, activation, observable, control)[0] > most_by_chance(), (
+            control
+        )
 
 
 @pytest.mark.parametrize("name", ["C", "F"])
@@ -112,8 +133,8 @@ def test_the_table_of_linear_attention_is_that_of_the_theory(table, name):
     prediction = predict(asked.replace({collapse.SEQUENCES: 5.2}), nodes=512)
     for observable in collapse.LABELS:
         stored = collapse.pick(table, "linear", name, observable).loc[5.2, "value"]
-        assert getattr(prediction.finetuning, observable) == pytest.approx(stored, rel=1e-6)
-        assert collapse.spread(table, "linear", observable) < 1e-6
+        assert getattr(prediction.finetuning, observable) == pytest.approx(stored, rel=SAME)
+        assert collapse.spread(table, "linear", observable) < SAME
 
 
 def test_softmax_curves_coincide_within_their_quadrature_error(table):
@@ -121,8 +142,7 @@ def test_softmax_curves_coincide_within_their_quadrature_error(table):
         first = collapse.pick(table, "softmax", "A", observable)
         for name in collapse.NAMES:
             rows = collapse.pick(table, "softmax", name, observable)
-            assert (abs(rows["value"] / first["value"] - 1) < 2e-4).all()
-            assert (first["error"] / first["value"] > 2e-4).all()
+            assert (abs(rows["value"] - first["value"]) < first["error"]).all()
         for name in collapse.CONTROLS["softmax"]:
             rows = collapse.pick(table, "softmax", name, observable)
-            assert (abs(rows["value"] - first["value"]) > 4 * first["error"]).all()
+            assert (abs(rows["value"] - first["value"]) > APART * first["error"]).all()
