@@ -205,10 +205,10 @@ def _row(labels: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any
     return {**labels, "observable": name, "value": estimate.mean, "error": estimate.error}
 
 
-def limit(rows: pd.DataFrame) -> tuple[float, float]:
-    """D → ∞ of simulations at two D on a straight line in 1/D, with its error."""
+def limit(rows: pd.DataFrame, power: float = 1.0) -> tuple[float, float]:
+    """D → ∞ of simulations at two D on a straight line in 1/D^power, with its error."""
     rows = rows.sort_values("dim")
-    small, large = 1 / rows["dim"]
+    small, large = rows["dim"] ** -power
     weights = np.array([-large, small]) / (small - large)
     return float(weights @ rows["value"]), float(np.linalg.norm(weights * rows["error"]))
 
