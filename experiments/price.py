@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from figure_tools import CURVES, Experiment, limit, shade_unstable, solved
 from matplotlib.figure import Figure
-from price_rows import BUDGET, COST, COSTS, HELD, LINES, SEQUENCES, SHARES, compute
+from price_rows import BUDGET, BUDGETS, COST, COSTS, HELD, LINES, SEQUENCES, SHARES, compute
 
 from lora_theory import Estimate
 
+NOISE = r"$\Delta_{\rm eff}$ (linear), variance (softmax)"
 NOISES = {
     "linear": r"effective noise $\Delta_{\rm eff}$",
     "softmax": r"variance $\Delta/2+Q_0-M^2/Q$",
@@ -20,17 +21,19 @@ NOISES = {
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    figure, axes = plt.subplots(2, 4, figsize=(7.0, 4.4), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(7.0, 9.0), layout="constrained")
     for column, activation in enumerate(("linear", "softmax")):
         part = table[table["activation"] == activation]
         _draw_lines(axes[0, column], part, activation)
-        _draw_along(axes[1, 2 + column], part, activation)
-    _draw_prices(axes[0, 2], table)
-    _draw_check(axes[0, 3], table)
-    _draw_splits(axes[1, 0], table, "best_share")
-    _draw_splits(axes[1, 1], table, "best_test_error")
+        _draw_along(axes[3, column], part)
+        axes[0, column].set_title(activation)
+        axes[3, column].set_title(activation)
+    _draw_prices(axes[1, 0], table)
+    _draw_check(axes[1, 1], table)
+    _draw_splits(axes[2, 0], table, "best_share")
+    _draw_splits(axes[2, 1], table, "best_test_error")
     for panel, letter in zip(axes.flat, "abcdefgh", strict=True):
-        panel.set_title(f"({letter}) {panel.get_title()}", loc="left")
+        panel.set_title(f"({letter})", loc="left")
     return figure
 
 
@@ -63,10 +66,11 @@ def _draw_lines(panel: Any, part: pd.DataFrame, activation: str) -> None:
         points = systems[systems["observable"] == f"{kind}_overlap"]
         panel.plot(points["variance"], points[SEQUENCES], "o", color="black", mfc=face, ms=4)
     panel.set_yscale("log")
-    panel.set_title(activation)
+    panel.set_yticks((1, 2, 3, 5, 7), ("1", "2", "3", "5", "7"))
+    panel.set_yticks([], minor=True)
     panel.set_xlabel(NOISES[activation])
     panel.set_ylabel(r"fine-tuning samples $\alpha'$")
-    panel.legend(handlelength=1.8)
+    panel.legend(handlelength=2.4)
 
 
 def _draw_prices(panel: Any, table: pd.DataFrame) -> None:
@@ -80,9 +84,9 @@ def _draw_prices(panel: Any, table: pd.DataFrame) -> None:
                     linewidth=width, label=f"{activation}, {_names(line)}",
                 )  # fmt: skip
     panel.set_yscale("log")
-    panel.set_title("price")
-    panel.set_xlabel("effective noise, variance")
-    panel.set_ylabel(r"price $d\alpha'/d\Delta_{\rm eff}$")
+    panel.set_xlabel(NOISE)
+    panel.set_ylabel(r"price: slope of $\alpha'$")
+    panel.legend(loc="upper right", bbox_to_anchor=(1.0, 0.8))
 
 
 def _draw_check(panel: Any, table: pd.DataFrame) -> None:
@@ -97,10 +101,10 @@ def _draw_check(panel: Any, table: pd.DataFrame) -> None:
                 mfc=face, capsize=1.5, linewidth=0.8, zorder=3,
                 label=f"{activation}, {'on the line' if kind == 'line' else 'same $α′$'}",
             )  # fmt: skip
-    panel.set_title("overlap")
-    panel.set_xlabel("effective noise, variance")
+    panel.set_xlabel(NOISE)
     panel.set_ylabel("overlap $o$")
-    panel.legend(handlelength=1.2)
+    panel.set_ylim(bottom=0.74)
+    panel.legend(loc="lower left")
 
 
 def _overlaps(rows: pd.DataFrame) -> pd.DataFrame:
@@ -124,12 +128,15 @@ def _draw_splits(panel: Any, table: pd.DataFrame, observable: str) -> None:
             )  # fmt: skip
     panel.set_xscale("log")
     panel.set_xlabel(r"budget $B=\alpha+c\alpha'$")
-    panel.set_title("best split" if observable == "best_share" else "error there")
-    panel.set_ylabel("share of fine-tuning" if observable == "best_share" else "test error $E'$")
-    panel.legend()
+    panel.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
+    panel.set_xticks([], minor=True)
+    panel.set_ylabel(
+        "best share of fine-tuning" if observable == "best_share" else "test error $E'$ there"
+    )
+    panel.legend(loc="upper right")
 
 
-def _draw_along(panel: Any, part: pd.DataFrame, activation: str) -> None:
+def _draw_along(panel: Any, part: pd.DataFrame) -> None:
     rows = part[part["share"].notna()].sort_values("share")
     rows = rows[rows["observable"] == "test_error"]
     rows = rows[rows["dim"].isna() | (rows["dim"] == rows["dim"].max())]
@@ -140,7 +147,6 @@ def _draw_along(panel: Any, part: pd.DataFrame, activation: str) -> None:
         points["share"], points["value"], points["error"],
         fmt="o", color="black", mfc="white", capsize=1.5, linewidth=0.8,
     )  # fmt: skip
-    panel.set_title(activation)
     panel.set_xlabel("share of fine-tuning")
     panel.set_ylabel("test error $E'$")
 

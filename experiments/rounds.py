@@ -106,7 +106,7 @@ def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str,
 def simulation(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
     """On weights of the law that pre-training has for D → ∞; all choices share their seeds."""
     samples, pools = SETS[activation]["samples"], SIMULATED[activation]
-    for dim, seeds in profile.pick(quick={50: 4}, full={100: 48, 200: 24}).items():
+    for dim, seeds in profile.pick(quick={50: 4}, full={60: 64, 240: 48}).items():
         plain: pd.DataFrame | None = None
         for choice in (ANY, *CHOICES):
             for pool in (samples,) if choice == ANY else profile.pick(quick=pools[1:], full=pools):
