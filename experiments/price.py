@@ -86,7 +86,7 @@ def _draw_prices(panel: Any, table: pd.DataFrame) -> None:
     panel.set_yscale("log")
     panel.set_xlabel(NOISE)
     panel.set_ylabel(r"price: slope of $\alpha'$")
-    panel.legend(loc="upper right", bbox_to_anchor=(1.0, 0.8))
+    panel.legend(loc="upper right", bbox_to_anchor=(1.0, 1.05))
 
 
 def _draw_check(panel: Any, table: pd.DataFrame) -> None:
@@ -130,10 +130,12 @@ def _draw_splits(panel: Any, table: pd.DataFrame, observable: str) -> None:
     panel.set_xlabel(r"budget $B=\alpha+c\alpha'$")
     panel.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
     panel.set_xticks([], minor=True)
-    panel.set_ylabel(
-        "best share of fine-tuning" if observable == "best_share" else "test error $E'$ there"
-    )
-    panel.legend(loc="upper right")
+    if observable == "best_share":
+        panel.set_ylabel("best share of fine-tuning")
+        panel.legend(loc="center left", bbox_to_anchor=(0.0, 0.3))
+    else:
+        panel.set_ylabel("test error $E'$ there")
+        panel.legend(loc="upper right")
 
 
 def _draw_along(panel: Any, part: pd.DataFrame) -> None:
