@@ -1,0 +1,241 @@
+"""Preconditioned weights: an odd polynomial lifts their small singular values while they train.
+
+W_eff = γ sg(σ̂) g_d(W/σ̂), σ̂ = uᵀWv, with sg the stop-gradient (docs/lowrank.md, section 2;
+arXiv 2606.06470).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from lora_theory.arguments import checked_integer
+from lora_theory.lowrank.checks import checked_matrix, checked_number
+from lora_theory.lowrank.polar import at_least_single, checked_matrices
+from lora_theory.lowrank.polynomials import of_matrix, preconditioning_polynomial
+from lora_theory.problem import ProblemError
+
+__all__ = ["Preconditioned", "gmcn", "merged", "precondition", "refreshed", "trainable"]
+
+_EPSILON = 1e-7
+
+
+class Preconditioned(eqx.Module):
+    """A weight matrix in the PC parametrisation; :func:`precondition` makes one.
+
+    Its effective weights have the singular values γσ̂g_d(σ/σ̂) (:func:`spectral.preconditioned`),
+    g_d(1) = 1 and g_d steep at zero.  σ̂ inside g_d is differentiated, the factor σ̂ outside is
+    not: changes of W along itself change nothing, so the gradient is orthogonal to W.
+
+    ``left`` and ``right`` are estimates of the first singular vectors, float32 at least, without
+    gradient.  :func:`refreshed` has to be called after every update of the weights: g_d explodes
+    for singular values well above σ̂ (g_9(1.5) = 15).
+    """
+
+    weight: Float[Array, "m n"]
+    gain: Float[Array, ""]
+    left: Float[Array, " m"]
+    right: Float[Array, " n"]
+    degree: int = eqx.field(static=True)
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """σ̂ = uᵀWv + 10⁻⁷."""
+        left, right = jax.lax.stop_gradient((self.left, self.right))
+        return left @ _times(at_least_single(self.weight), right) + _EPSILON
+
+    @property
+    def effective(self) -> Float[Array, "m n"]:
+        """W_eff, the weights that act."""
+        scale = self.scale
+        shaped = of_matrix(
+            at_least_single(self.weight) / scale, preconditioning_polynomial(self.degree)
+        )
+        return (self.gain * jax.lax.stop_gradient(scale) * shaped).astype(self.weight.dtype)
+
+    def __call__(self, inputs: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
+        """W_eff x for every x."""
+        return inputs @ self.effective.T
+
+    def update(self, rounds: int = 10) -> Preconditioned:
+        """The same weights with u and v refreshed by rounds of power iteration from u."""
+        rounds = checked_integer("rounds", rounds, 1)
+        W = jax.lax.stop_gradient(at_least_single(self.weight))
+
+        def turn(_: int, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
+            left, right = vectors
+            right = _unit(_times(W.T, left), right)
+            return _unit(_times(W, right), left), right
+
+        start = jax.lax.stop_gradient((self.left, self.right))
+        left, right = jax.lax.fori_loop(0, rounds, turn, start)
+        return dataclasses.replace(self, left=left, right=right)
+
+    def merge(self) -> Float[Array, "m n"]:
+        """Plain weights with the same outputs."""
+        return jax.lax.stop_gradient(self.effective)
+
+
+def precondition(
+    weight: Float[Array, "m n"],
+    *,
+    degree: int = 9,
+    gain: float = 1.0,
+    rounds: int = 10,
+    key: Key[Array, ""] | None = None,
+) -> Preconditioned:
+    """Weights in the PC parametrisation W_eff = γ sg(σ̂) g_d(W/σ̂) (arXiv 2606.06470).
+
+    Train ``weight`` and ``gain`` (:func:`trainable`), call :func:`refreshed` after every optimizer
+    step, and :func:`merged` at the end.  The paper preconditions the matrices of the MLP and the
+    output of attention, not queries, keys and values; degree 9 with AdamW, 5 with Muon.
+
+    Args:
+        weight: W, m×n, floating-point.
+        degree: of g_d: 3, 5, 7 or 9; or 1, which leaves the spectrum as it is (a control: only the
+            gradient changes).
+        gain: the initial γ.
+        rounds: of power iteration before the first use.
+        key: of the random vectors it starts from; ``jax.random.key(0)`` if left out.
+
+    Raises:
+        ProblemError: a degree without coefficients, weights that are no finite matrix, a gain that
+            is not finite, rounds that are not a positive integer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> module = precondition(jnp.diag(jnp.array([2.0, 0.2])), degree=9)
+        >>> print(module(jnp.array([1.0, 1.0])).round(3))
+        [2.    0.707]
+        >>> print(jax.grad(lambda m: m.effective.sum())(module).gain.round(3))
+        2.707
+    """
+    preconditioning_polynomial(degree)
+    array = checked_matrices("weight", weight)
+    if array.ndim != 2:
+        raise ProblemError(f"weight of shape {array.shape} is not allowed: it must be a matrix")
+    if not isinstance(array, jax.core.Tracer):
+        checked_matrix("weight", array)
+        if not math.isfinite(float(gain)):
+            raise ProblemError(f"gain = {gain!r} is not allowed: it must be finite")
+    first, second = jax.random.split(jax.random.key(0) if key is None else key)
+    dtype = jnp.promote_types(array.dtype, jnp.float32)
+    left = jax.random.normal(first, (array.shape[0],), dtype)
+    right = jax.random.normal(second, (array.shape[1],), dtype)
+    module = Preconditioned(
+        weight=array,
+        gain=jnp.asarray(gain, dtype),
+        left=_unit(left, left),
+        right=_unit(right, right),
+        degree=degree,
+    )
+    return module.update(rounds)
+
+
+def refreshed(tree: PyTree, rounds: int = 10) -> PyTree:
+    """A model in which every :class:`Preconditioned` has its u and v refreshed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> module = precondition(jnp.diag(jnp.array([2.0, 0.2])))
+        >>> grown = eqx.tree_at(lambda m: m.weight, module, 3 * module.weight)
+        >>> round(float(refreshed([grown])[0].scale), 3)
+        6.0
+    """
+    return _on_modules(lambda module: module.update(rounds), tree)
+
+
+def merged(tree: PyTree) -> PyTree:
+    """A model in which plain weights stand for every :class:`Preconditioned`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> merged({"out": precondition(jnp.eye(2))})["out"].round(3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return _on_modules(lambda module: module.merge(), tree)
+
+
+def trainable(tree: PyTree) -> PyTree:
+    """Booleans of the shape of a model, for ``eqx.partition`` and masks of optax.
+
+    True for all floating-point arrays but u and v: those have no gradient, yet weight decay and
+    noise of an optimizer would move them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> flags = trainable(precondition(jnp.eye(2)))
+        >>> flags.weight, flags.gain, flags.left, flags.right
+        (True, True, False, False)
+    """
+    flags = jax.tree.map(eqx.is_inexact_array, tree)
+    return _on_modules(
+        lambda module: eqx.tree_at(lambda m: (m.left, m.right), module, (False, False)), flags
+    )
+
+
+def gmcn(matrices: Sequence[Any], *, fraction: float = 0.1) -> float:
+    """Geometric mean over matrices of σ₁ over the mean of the smallest singular values.
+
+    The condition metric of arXiv 2606.06470: the smallest ⌈10 %⌉ of the min(m, n) of each.
+
+    Args:
+        matrices: one or more matrices, or :class:`Preconditioned`, of which the effective weights
+            are measured.
+        fraction: > 0 and ≤ 1, of the singular values that count as smallest.
+
+    Returns:
+        ≥ 1; infinite if those of one matrix are all 0.
+
+    Raises:
+        ProblemError: no matrices, one that is not finite or zero, a fraction out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> gmcn([np.diag([4.0, 1.0]), np.diag([9.0, 1.0])])
+        6.0
+    """
+    share = checked_number("fraction", fraction, positive=True, largest=1.0)
+    logarithms = [
+        _logarithm_of_condition(f"matrices[{i}]", entry, share) for i, entry in enumerate(matrices)
+    ]
+    if not logarithms:
+        raise ProblemError("matrices is empty: it must hold at least one matrix")
+    return math.exp(math.fsum(logarithms) / len(logarithms))
+
+
+def _logarithm_of_condition(name: str, entry: Any, fraction: float) -> float:
+    matrix = entry.effective if isinstance(entry, Preconditioned) else entry
+    s = np.linalg.svd(checked_matrix(name, matrix), compute_uv=False)
+    if s[0] == 0:
+        raise ProblemError(f"{name} is zero: its condition has no meaning")
+    count = math.ceil(fraction * len(s) - 1e-9)  # 0.1·30 is a little above 3
+    smallest = float(np.mean(s[-count:]))
+    return math.log(s[0] / smallest) if smallest > 0 else math.inf
+
+
+def _on_modules(function: Any, tree: PyTree) -> PyTree:
+    def is_module(node: Any) -> bool:
+        return isinstance(node, Preconditioned)
+
+    return jax.tree.map(
+        lambda node: function(node) if is_module(node) else node, tree, is_leaf=is_module
+    )
+
+
+def _unit(vector: Array, otherwise: Array) -> Array:
+    """The direction of a vector; another one if it is zero."""
+    norm = jnp.linalg.norm(vector)
+    return jnp.where(norm > 0, vector / jnp.where(norm > 0, norm, 1), otherwise)
+
+
+def _times(matrix: Array, vector: Array) -> Array:
+    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
