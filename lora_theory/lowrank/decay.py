@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from lora_theory.lowrank.polar import (
     checked_matrices,
     iterated,
     norm_of,
-    polar_factor,
+    polar_of,
 )
 from lora_theory.lowrank.polynomials import polar_polynomials, polar_slope
 from lora_theory.problem import ProblemError
@@ -159,9 +160,12 @@ def shrink(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> W = jnp.diag(jnp.array([2.0, 0.3]))
-        >>> print(jnp.diag(shrink(W, 0.5)), jnp.diag(shrink(W, 0.5, clip=False)))
-        [1.5 0. ] [ 1.5 -0.2]
+        >>> for clip in (True, False):
+        ...     print(np.diag(shrink(W, 0.5, clip=clip)).round(3))
+        [1.5 0. ]
+        [ 1.5 -0.2]
     """
     _check_size("step", step, schedules=False)
     check_method(method, steps)
@@ -173,15 +177,16 @@ def shrink(
             f"step of shape {size.shape} is not allowed: it must be one number, or one for each "
             f"matrix, {W.shape[:-2]}"
         )
-    return _shrunk(W, size, method, steps, clip).astype(given.dtype)
+    return _shrunk(W, size, method, steps, bool(clip)).astype(given.dtype)
 
 
+@partial(jax.jit, static_argnames=("method", "steps", "clip"))
 def _shrunk(
     W: Float[Array, "*stack m n"], step: Array, method: str, steps: int | None, clip: bool
 ) -> Float[Array, "*stack m n"]:
     each = step[..., None, None]
     if not clip:
-        return W - each * polar_factor(W, method=method, steps=steps)
+        return W - each * polar_of(W, method, steps)
     if method == "svd":
         U, s, Vt = jnp.linalg.svd(W, full_matrices=False)
         lowered = jnp.maximum(s - step[..., None], 0)
@@ -193,7 +198,7 @@ def _shrunk(
 
 def _relative_size(W: Array, method: str, steps: int | None) -> Array:
     """‖W‖_F/‖polar(W)‖_F, 0 for W = 0."""
-    of_factor = norm_of(polar_factor(W, method=method, steps=steps))
+    of_factor = norm_of(polar_of(W, method, steps))
     return norm_of(W) / jnp.where(of_factor > 0, of_factor, 1)
 
 

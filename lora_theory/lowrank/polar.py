@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.lowrank.polynomials import of_matrix, polar_polynomials
@@ -18,6 +20,7 @@ __all__ = [
     "iterated",
     "norm_of",
     "polar_factor",
+    "polar_of",
 ]
 
 
@@ -53,15 +56,20 @@ def polar_factor(
     """
     check_method(method, steps)
     given = checked_matrices("matrix", matrix)
-    W = at_least_single(given)
+    return polar_of(at_least_single(given), method, steps).astype(given.dtype)
+
+
+@partial(jax.jit, static_argnames=("method", "steps"))
+def polar_of(
+    W: Float[Array, "*stack m n"], method: str, steps: int | None
+) -> Float[Array, "*stack m n"]:
+    """The polar factor of checked arguments."""
     if method == "svd":
         U, s, Vt = jnp.linalg.svd(W, full_matrices=False)
-        smallest = max(W.shape[-2:]) * float(jnp.finfo(W.dtype).eps) * s[..., :1]
+        smallest = max(W.shape[-2:]) * float(np.finfo(W.dtype).eps) * s[..., :1]
         kept = jnp.where(s > smallest, 1.0, 0.0).astype(W.dtype)
-        result = jnp.matmul(U * kept[..., None, :], Vt, precision=jax.lax.Precision.HIGHEST)
-    else:
-        result = iterated(W, norm_of(W), polar_polynomials(method, steps))
-    return result.astype(given.dtype)
+        return jnp.matmul(U * kept[..., None, :], Vt, precision=jax.lax.Precision.HIGHEST)
+    return iterated(W, norm_of(W), polar_polynomials(method, steps))
 
 
 def check_method(method: str, steps: int | None) -> None:
@@ -80,7 +88,12 @@ def iterated(
     """The polynomials one after the other, of W/scale; of zero if W is."""
     start = W / jnp.where(scale > 0, scale, 1)[..., None, None]
     rows = jnp.asarray(polynomials, dtype=W.dtype)
-    return jax.lax.scan(lambda X, row: (of_matrix(X, row), None), start, rows)[0]
+    result: Array = jax.lax.scan(_applied, start, rows)[0]
+    return result
+
+
+def _applied(matrix: Array, coefficients: Array) -> tuple[Array, None]:
+    return of_matrix(matrix, coefficients), None
 
 
 def norm_of(W: Float[Array, "*stack m n"]) -> Float[Array, "*stack"]:

@@ -36,7 +36,7 @@ def decayed(
         >>> decayed(np.array([2.0, 0.3]), 0.5).tolist()
         [1.5, 0.0]
         >>> decayed(np.array([2.0, 0.3]), 0.5, method="newton_schulz").round(2).tolist()
-        [1.5, 0.02]
+        [1.5, 0.03]
     """
     s, xp = singular_values, singular_values.__array_namespace__()
     if not clip:
