@@ -119,7 +119,7 @@ def low_rank_decay(
             W = at_least_single(checked_matrices(name, weights))
             moved = W + change
             size = step * _relative_size(moved, method, steps) if adaptive else step
-            result = _shrunk(moved, jnp.asarray(size, W.dtype), method, steps, clip)
+            result: Array = _shrunk(moved, jnp.asarray(size, W.dtype), method, steps, clip)
             return (result - W).astype(change.dtype)
 
         changed = jax.tree.map_with_path(
@@ -177,7 +177,8 @@ def shrink(
             f"step of shape {size.shape} is not allowed: it must be one number, or one for each "
             f"matrix, {W.shape[:-2]}"
         )
-    return _shrunk(W, size, method, steps, bool(clip)).astype(given.dtype)
+    result: Array = _shrunk(W, size, method, steps, bool(clip)).astype(given.dtype)
+    return result
 
 
 @partial(jax.jit, static_argnames=("method", "steps", "clip"))
@@ -186,7 +187,8 @@ def _shrunk(
 ) -> Float[Array, "*stack m n"]:
     each = step[..., None, None]
     if not clip:
-        return W - each * polar_of(W, method, steps)
+        direction: Array = polar_of(W, method, steps)
+        return W - each * direction
     if method == "svd":
         U, s, Vt = jnp.linalg.svd(W, full_matrices=False)
         lowered = jnp.maximum(s - step[..., None], 0)

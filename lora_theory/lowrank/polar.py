@@ -56,7 +56,8 @@ def polar_factor(
     """
     check_method(method, steps)
     given = checked_matrices("matrix", matrix)
-    return polar_of(at_least_single(given), method, steps).astype(given.dtype)
+    result: Array = polar_of(at_least_single(given), method, steps).astype(given.dtype)
+    return result
 
 
 @partial(jax.jit, static_argnames=("method", "steps"))

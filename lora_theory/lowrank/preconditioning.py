@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -49,17 +50,14 @@ class Preconditioned(eqx.Module):
     @property
     def scale(self) -> Float[Array, ""]:
         """σ̂ = uᵀWv + 10⁻⁷."""
-        left, right = jax.lax.stop_gradient((self.left, self.right))
-        return left @ _times(at_least_single(self.weight), right) + _EPSILON
+        result: Array = _scale(self.weight, self.left, self.right)
+        return result
 
     @property
     def effective(self) -> Float[Array, "m n"]:
         """W_eff, the weights that act."""
-        scale = self.scale
-        shaped = of_matrix(
-            at_least_single(self.weight) / scale, preconditioning_polynomial(self.degree)
-        )
-        return (self.gain * jax.lax.stop_gradient(scale) * shaped).astype(self.weight.dtype)
+        result: Array = _effective(self.weight, self.gain, self.left, self.right, self.degree)
+        return result
 
     def __call__(self, inputs: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
         """W_eff x for every x."""
@@ -67,16 +65,8 @@ class Preconditioned(eqx.Module):
 
     def update(self, rounds: int = 10) -> Preconditioned:
         """The same weights with u and v refreshed by rounds of power iteration from u."""
-        rounds = checked_integer("rounds", rounds, 1)
-        W = jax.lax.stop_gradient(at_least_single(self.weight))
-
-        def turn(_: int, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
-            left, right = vectors
-            right = _unit(_times(W.T, left), right)
-            return _unit(_times(W, right), left), right
-
-        start = jax.lax.stop_gradient((self.left, self.right))
-        left, right = jax.lax.fori_loop(0, rounds, turn, start)
+        count = checked_integer("rounds", rounds, 1)
+        left, right = _power_iteration(*_constant(self.weight, self.left, self.right), count)
         return dataclasses.replace(self, left=left, right=right)
 
     def merge(self) -> Float[Array, "m n"]:
@@ -229,6 +219,36 @@ def _on_modules(function: Any, tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda node: function(node) if is_module(node) else node, tree, is_leaf=is_module
     )
+
+
+@jax.jit
+def _scale(weight: Array, left: Array, right: Array) -> Array:
+    left, right = _constant(left, right)
+    return jnp.vdot(left, _times(at_least_single(weight), right)) + _EPSILON
+
+
+@partial(jax.jit, static_argnames="degree")
+def _effective(weight: Array, gain: Array, left: Array, right: Array, degree: int) -> Array:
+    scale: Array = _scale(weight, left, right)
+    shaped = of_matrix(at_least_single(weight) / scale, preconditioning_polynomial(degree))
+    return (gain * jax.lax.stop_gradient(scale) * shaped).astype(weight.dtype)
+
+
+@jax.jit
+def _power_iteration(weight: Array, left: Array, right: Array, rounds: int) -> tuple[Array, Array]:
+    W = at_least_single(weight)
+
+    def turn(_: int, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, right = vectors
+        right = _unit(_times(W.T, left), right)
+        return _unit(_times(W, right), left), right
+
+    result: tuple[Array, Array] = jax.lax.fori_loop(0, rounds, turn, (left, right))
+    return result
+
+
+def _constant(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(jax.lax.stop_gradient(array) for array in arrays)
 
 
 def _unit(vector: Array, otherwise: Array) -> Array:

@@ -106,12 +106,13 @@ def test_a_stack_and_half_precision_and_nothing(method):
     stack = jnp.asarray(np.random.default_rng(2).standard_normal((3, 6, 4)))
     sizes = jnp.array([0.1, 0.5, 2.0])
     one_by_one = [shrink(W, float(t), method=method) for W, t in zip(stack, sizes, strict=True)]
-    assert_allclose(shrink(stack, sizes, method=method), one_by_one, atol=1e-5)
     traced = jax.jit(jax.vmap(lambda W, t: shrink(W, t, method=method)))(stack, sizes)
     assert_allclose(traced, one_by_one, atol=1e-5)
-    assert shrink(stack.astype(jnp.float16), 0.1, method=method).dtype == jnp.float16
-    assert_allclose(shrink(stack, 0.0, method=method), stack, atol=1e-5)
-    assert not np.any(shrink(jnp.zeros((2, 3)), 0.5, method=method))
+    half = shrink(stack.astype(jnp.float16), sizes, method=method)
+    assert half.dtype == jnp.float16
+    assert_allclose(half, one_by_one, atol=5e-3)
+    assert_allclose(shrink(stack[0], 0.0, method=method), stack[0], atol=1e-5)
+    assert not np.any(shrink(jnp.zeros((6, 4)), 0.5, method=method))
 
 
 # -- the transformation ------------------------------------------------------------------------
@@ -146,7 +147,6 @@ RATIO = np.linalg.norm(W) / np.sqrt(5)
     [
         ({}, 0.01),
         ({"learning_rate": 0.1}, 0.001),
-        ({"adaptive": True}, 0.01 * RATIO),
         ({"learning_rate": 0.1, "adaptive": True}, 0.001 * RATIO),
     ],
 )

