@@ -14,7 +14,7 @@ from lora_theory.problem import ProblemError
 
 __all__ = [
     "Matrix", "checked_array", "checked_gram", "checked_matrix", "checked_number",
-    "cholesky_root",
+    "cholesky_root", "mean_of_diagonal",
 ]  # fmt: skip
 
 Matrix = NDArray[np.float64]
@@ -77,6 +77,11 @@ def checked_gram(name: str, value: Any, size: int) -> Matrix:
     return np.asarray((gram + gram.T) / 2)
 
 
+def mean_of_diagonal(gram: Matrix) -> float:
+    """Of numbers whose sum may overflow."""
+    return float(np.sum(np.diag(gram) / len(gram)))
+
+
 def cholesky_root(name: str, gram: Matrix, damping: float) -> Matrix:
     """The lower L with LLᵀ = gram + damping · (mean of its diagonal) · 1.
 
@@ -92,7 +97,7 @@ def cholesky_root(name: str, gram: Matrix, damping: float) -> Matrix:
             f"{name} has eigenvalues from {lowest:.3g} to {highest:.3g}: as a Gram matrix it must "
             "have no negative one, and not only zeros"
         )
-    shift = damping * float(np.mean(np.diag(gram)))
+    shift = damping * mean_of_diagonal(gram)
     if lowest + shift <= 4 * size * np.finfo(float).eps * (highest + shift):
         raise ProblemError(
             f"{name} is singular with damping = {damping:g}: its eigenvalues go from {lowest:.3g} "

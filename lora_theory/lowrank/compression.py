@@ -30,6 +30,7 @@ from lora_theory.lowrank.checks import (
     checked_matrix,
     checked_number,
     cholesky_root,
+    mean_of_diagonal,
 )
 from lora_theory.lowrank.grams import gram_array
 from lora_theory.problem import ProblemError
@@ -102,6 +103,11 @@ def asvd(
     scale = _not_negative("input_scale", input_scale, W.shape[1])
     with np.errstate(over="ignore"):
         columns = scale ** checked_number("alpha", alpha) + _SMALLEST_SCALE
+    if not np.all(np.isfinite(columns)):
+        raise ProblemError(
+            f"alpha = {alpha!r} is not allowed: input_scale^alpha must be finite, and input_scale "
+            f"goes up to {scale.max():.3g}"
+        )
     return _closest(weights, W, rank, np.eye(W.shape[0]), np.diag(columns), factors)
 
 
@@ -120,7 +126,7 @@ def svd_llm(
 
     Example:
         >>> gram = [[1.0, 0.0], [0.0, 100.0]]
-        >>> svd_llm([[3.0, 0.0], [0.0, 1.0]], rank=1, input_gram=gram).tolist()
+        >>> svd_llm([[3.0, 0.0], [0.0, 1.0]], rank=1, input_gram=gram).round(9).tolist()
         [[0.0, 0.0], [0.0, 1.0]]
     """
     W, rank = _checked(weights, rank)
@@ -153,8 +159,9 @@ def obd(
 
     Example:
         >>> weights, likely = [[3.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 4.0]]
-        >>> obd(weights, 1, input_gram=likely, output_gram=likely, damping=0.0).tolist()
-        [[0.0, 0.0], [0.0, 1.0]]
+        >>> obd(weights, 1, input_gram=likely, output_gram=likely, damping=0.0).round(9)
+        array([[0., 0.],
+               [0., 1.]])
     """
     W, rank = _checked(weights, rank)
     left = _root("output_gram", output_gram, W.shape[0], damping)
@@ -187,7 +194,11 @@ def obd_spectrum(
     m, n = W.shape
     left = np.eye(m) if output_gram is None else _root("output_gram", output_gram, m, damping)
     right = np.eye(n) if input_gram is None else _root("input_gram", input_gram, n, damping)
-    return np.asarray(np.linalg.svd(_product(left.T, W, right), compute_uv=False))
+    with np.errstate(over="ignore", invalid="ignore"):
+        whitened = left.T @ W @ right
+    if not np.all(np.isfinite(whitened)):
+        raise ProblemError(_TOO_LARGE.format(size=np.abs(W).max()))
+    return np.asarray(np.linalg.svd(whitened, compute_uv=False))
 
 
 def aa_svd(
@@ -221,43 +232,60 @@ def aa_svd(
     """
     W, rank = _checked(weights, rank)
     n = W.shape[1]
-    shifted = checked_gram("input_gram", gram_array(input_gram), n)
-    right = cholesky_root("input_gram", shifted, checked_number("damping", damping))
     cross = checked_array("cross_gram", gram_array(cross_gram), (n, n), f"({n}, {n})")
-    cross = cross + damping * float(np.mean(np.diag(shifted))) * np.eye(n)
-    target = solve_triangular(right, _product(W, cross).T, lower=True).T
-    return _truncated(weights, target, rank, np.eye(W.shape[0]), right, factors)
+    gram = checked_gram("input_gram", gram_array(input_gram), n)
+    right = cholesky_root("input_gram", gram, checked_number("damping", damping))
+    right, root_size = _of_order_one(right)
+    cross, cross_size = _of_order_one(cross + damping * mean_of_diagonal(gram) * np.eye(n))
+    unit, size = _of_order_one(W)
+    target = solve_triangular(right, (unit @ cross).T, lower=True).T
+    size *= cross_size / root_size / root_size
+    return _truncated(weights, target, size, rank, np.eye(W.shape[0]), right, factors)
 
 
 def _closest(weights: Any, W: Matrix, rank: int, left: Matrix, right: Matrix, factors: bool) -> Any:
     """The minimiser of ‖Lᵀ(W − Ŵ)R‖_F for lower triangular L and R."""
-    return _truncated(weights, _product(left.T, W, right), rank, left, right, factors)
+    left, right = left / np.abs(left).max(), right / np.abs(right).max()
+    unit, size = _of_order_one(W)
+    return _truncated(weights, left.T @ unit @ right, size, rank, left, right, factors)
 
 
 def _truncated(
-    weights: Any, target: Matrix, rank: int, left: Matrix, right: Matrix, factors: bool
+    weights: Any,
+    target: Matrix,
+    size: float,
+    rank: int,
+    left: Matrix,
+    right: Matrix,
+    factors: bool,
 ) -> Any:
-    """L⁻ᵀSVD_k(target)R⁻¹."""
-    if not np.all(np.isfinite(target)):
-        raise ProblemError(_TOO_LARGE)
+    """size · L⁻ᵀSVD_k(target)R⁻¹, all of order one but the size."""
     U, s, Vt = np.linalg.svd(target, full_matrices=False)
     half = np.sqrt(s[:rank])
     B = solve_triangular(left, U[:, :rank] * half, trans="T", lower=True)
     A = solve_triangular(right, Vt[:rank].T * half, trans="T", lower=True).T
     norms = np.linalg.norm(B), np.linalg.norm(A)
     balance = np.sqrt(norms[1] / norms[0]) if all(norms) else 1.0
-    result = Factors(B * balance, A / balance)
-    if not all(np.all(np.isfinite(factor)) for factor in result):
-        raise ProblemError(_TOO_LARGE)
+    B, A = np.sqrt(size) * balance * B, np.sqrt(size) / balance * A
     if factors:
-        return Factors(_like(weights, result.left), _like(weights, result.right))
-    return _like(weights, result.left @ result.right)
+        return Factors(_like(weights, B), _like(weights, A))
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = B @ A
+    if not np.all(np.isfinite(product)):
+        raise ProblemError(_TOO_LARGE.format(size=size))
+    return _like(weights, product)
 
 
 _TOO_LARGE = (
-    "weights or Gram matrices are too large or too small for double precision: bring both to order "
-    "one, which changes no result but their scale"
+    "weights or Gram matrices are too large for double precision, entries up to {size:.3g}: bring "
+    "them to order one, which changes only the scale of the result"
 )
+
+
+def _of_order_one(array: Matrix) -> tuple[Matrix, float]:
+    """What has the same zeros, without overflow or underflow of its squares; and the scale."""
+    size = float(np.abs(array).max())
+    return (array / size, size) if size > 0 else (array, 1.0)
 
 
 def _like(weights: Any, result: Matrix) -> Any:
@@ -275,16 +303,6 @@ def _checked(weights: Any, rank: Any) -> tuple[Matrix, int]:
 def _root(name: str, gram: Any, size: int, damping: Any) -> Matrix:
     array = checked_gram(name, gram_array(gram), size)
     return cholesky_root(name, array, checked_number("damping", damping))
-
-
-def _product(*matrices: Matrix) -> Matrix:
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = matrices[0]
-        for matrix in matrices[1:]:
-            result = result @ matrix
-    if not np.all(np.isfinite(result)):
-        raise ProblemError(_TOO_LARGE)
-    return result
 
 
 def _not_negative(name: str, value: Any, size: int) -> Matrix:

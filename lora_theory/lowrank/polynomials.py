@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_theory.arguments import checked_integer
+from lora_theory.arguments import checked_integer, is_integer
 from lora_theory.problem import ProblemError
 
 __all__ = [
@@ -53,10 +53,10 @@ POLAR_STEPS = {"newton_schulz": 32, "polar_express": 15}
 
 def preconditioning_polynomial(degree: Any) -> tuple[float, ...]:
     """c_0, c_1, … of a degree, or a :class:`ProblemError` that says which there are."""
-    if isinstance(degree, bool) or degree not in PRECONDITIONING:
+    if not is_integer(degree) or degree not in PRECONDITIONING:
         allowed = ", ".join(map(str, PRECONDITIONING))
         raise ProblemError(f"degree = {degree!r} is not allowed: it must be one of {allowed}")
-    return PRECONDITIONING[degree]
+    return PRECONDITIONING[int(degree)]
 
 
 def polar_polynomials(method: str, steps: int | None) -> tuple[tuple[float, ...], ...]:
@@ -64,7 +64,7 @@ def polar_polynomials(method: str, steps: int | None) -> tuple[tuple[float, ...]
 
     "newton_schulz" repeats ½σ(3 − σ²), "polar_express" takes the published ones in turn.
     """
-    if method not in POLAR_STEPS:
+    if method not in tuple(POLAR_STEPS):
         allowed = '"svd", ' + ", ".join(f'"{name}"' for name in POLAR_STEPS)
         raise ProblemError(f"method = {method!r} is not allowed: it must be one of {allowed}")
     count = POLAR_STEPS[method] if steps is None else checked_integer("steps", steps, 1)

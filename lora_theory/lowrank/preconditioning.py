@@ -125,7 +125,7 @@ def precondition(
         gain=jnp.asarray(gain, dtype),
         left=_unit(left, left),
         right=_unit(right, right),
-        degree=degree,
+        degree=int(degree),
     )
     return module.update(rounds)
 

@@ -45,7 +45,7 @@ def test_the_polynomials_have_the_published_ranges(degree, slope, nine_tenths, h
     assert_allclose(polynomial([1.0], degree), 1, atol=1e-12)
     assert_allclose(x[np.argmax(values >= 0.9)], nine_tenths, atol=0.006)
     assert_allclose(values.max(), highest, atol=6e-4)
-    assert np.all(values >= np.minimum(x, 1))  # no singular value is lowered, but near 1
+    assert np.all(values >= x - 1e-12)  # no singular value is lowered
     for rows in (128, 512):  # of Gaussian matrices, the norm grows
         s = np.linalg.svd(np.random.default_rng(1).standard_normal((rows, 128)), compute_uv=False)
         gain = np.linalg.norm(spectral.preconditioned(s, degree=degree)) / np.linalg.norm(s)
