@@ -68,13 +68,14 @@ def checked_number(
 def checked_gram(name: str, value: Any, size: int) -> Matrix:
     """A symmetric matrix of a size, made exactly so."""
     gram = checked_array(name, value, (size, size), f"({size}, {size})")
-    asymmetry, largest = np.abs(gram - gram.T).max(), np.abs(gram).max()
-    if asymmetry > _ASYMMETRY * largest:
+    half, largest = gram / 2, float(np.abs(gram).max())
+    asymmetry = float(np.abs(half - half.T).max()) / largest * 2 if largest > 0 else 0.0
+    if asymmetry > _ASYMMETRY:
         raise ProblemError(
             f"{name} is not symmetric: it must be, and differs from its transpose by "
-            f"{asymmetry / largest:.1e} of its largest entry"
+            f"{asymmetry:.1e} of its largest entry"
         )
-    return np.asarray((gram + gram.T) / 2)
+    return np.asarray(half + half.T)
 
 
 def mean_of_diagonal(gram: Matrix) -> float:
