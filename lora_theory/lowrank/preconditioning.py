@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -78,7 +79,7 @@ def precondition(
     weight: Float[Array, "m n"],
     *,
     degree: int = 9,
-    gain: float = 1.0,
+    gain: float | Float[Array, ""] = 1.0,
     rounds: int = 10,
     key: Key[Array, ""] | None = None,
 ) -> Preconditioned:
@@ -114,8 +115,8 @@ def precondition(
         raise ProblemError(f"weight of shape {array.shape} is not allowed: it must be a matrix")
     if not isinstance(array, jax.core.Tracer):
         checked_matrix("weight", array)
-        if not math.isfinite(float(gain)):
-            raise ProblemError(f"gain = {gain!r} is not allowed: it must be finite")
+    if not isinstance(gain, jax.Array) and not _is_finite(gain):
+        raise ProblemError(f"gain = {gain!r} is not allowed: it must be a finite number")
     first, second = jax.random.split(jax.random.key(0) if key is None else key)
     dtype = jnp.promote_types(array.dtype, jnp.float32)
     left = jax.random.normal(first, (array.shape[0],), dtype)
@@ -210,6 +211,11 @@ def _logarithm_of_condition(name: str, entry: Any, fraction: float) -> float:
     count = math.ceil(fraction * len(s) - 1e-9)  # 0.1·30 is a little above 3
     smallest = float(np.mean(s[-count:]))
     return math.log(s[0] / smallest) if smallest > 0 else math.inf
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _on_modules(function: Any, tree: PyTree) -> PyTree:

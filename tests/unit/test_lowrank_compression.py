@@ -121,7 +121,7 @@ def test_aa_svd_is_the_least_anchored_error(layer):
     }
     errors = {name: layer.anchored(V) for name, V in others.items()}
     assert min(errors.values()) > 1.3 * value
-    assert errors["transposed"] > 10 * value
+    assert errors["transposed"] > 10 * errors["agnostic"]
 
 
 @pytest.mark.parametrize("layer", LAYERS)

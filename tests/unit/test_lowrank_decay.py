@@ -184,6 +184,12 @@ def test_schedules_are_read_at_the_count_of_steps():
     assert_allclose(singular_values(after["w"])[:4], VALUES[:4] - total, atol=1e-5)
 
 
+def test_the_strength_may_be_a_hyperparameter_of_the_state():
+    decay = optax.inject_hyperparams(low_rank_decay)(strength=0.02)
+    after = jax.jit(lambda: trained(decay, {"w": TREE["query"]}, {"w": FLAT["query"]}, count=2))()
+    assert_allclose(singular_values(after["w"])[:5], VALUES - 0.04, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("mask", "decayed"),
     [

@@ -87,6 +87,23 @@ def test_spectral_function_of_the_polar_factor(method):
     assert_allclose(U.T @ np.asarray(found) @ Vt.T, np.diag(expected), atol=1e-12)
 
 
+def test_spectral_functions_are_traced_and_differentiated():
+    s = np.array([2.0, 0.3, 0.7])
+    for function in (
+        lambda s: spectral.decayed(s, 0.5),
+        lambda s: spectral.decayed(s, 0.5, method="polar_express", steps=7),
+        lambda s: spectral.preconditioned(s, degree=7, gain=0.8),
+        lambda s: spectral.truncated(s, 2),
+    ):
+        with jax.enable_x64(True):
+            traced = jax.jit(lambda s, f=function: (f(s), jax.jacobian(f)(s)))
+            values, slopes = traced(jnp.asarray(s))
+        assert_allclose(values, function(s), rtol=1e-12)
+        changes = [function(s + 1e-6 * e) - function(s - 1e-6 * e) for e in np.eye(3)]
+        assert_allclose(slopes.T, np.array(changes) / 2e-6, atol=1e-7)
+        assert isinstance(function(s), np.ndarray)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_stay_zeros(method):
     W = random(8, 3) @ random(3, 5, seed=1)
@@ -114,12 +131,13 @@ def test_stacks_scales_jit_and_half_precision(method):
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (7, 3), (3, 7)])
-@pytest.mark.parametrize("degree", PRECONDITIONING)
+@pytest.mark.parametrize("degree", [3, 9])
 def test_polynomial_of_a_matrix_acts_on_its_singular_values(shape, degree):
     W = random(*shape)
     U, s, Vt = np.linalg.svd(W, full_matrices=False)
     coefficients = PRECONDITIONING[degree]
     powers = sum(c * s ** (2 * i + 1) for i, c in enumerate(coefficients))
     with jax.enable_x64(True):
-        assert_allclose(of_matrix(jnp.asarray(W), coefficients), U * powers @ Vt, rtol=1e-9)
+        found = jax.jit(lambda W: of_matrix(W, coefficients))(jnp.asarray(W))
+    assert_allclose(found, U * powers @ Vt, rtol=1e-9)
     assert_allclose(of_numbers(s, coefficients), powers, rtol=1e-11)

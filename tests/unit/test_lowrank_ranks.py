@@ -52,6 +52,10 @@ def test_loss_per_parameter_decides_between_sizes():
     assert allocate_ranks([[1.0, 1.0], [1.0, 1.0]], [(2, 2), (2, 20)], 50) == [2, 1]
 
 
+def test_every_matrix_keeps_rank_one():
+    assert allocate_ranks([[0.1], [2.0, 1.0]], [(1, 3), (2, 2)], 8) == [1, 1]
+
+
 def test_allocation_over_layers_loses_less_than_the_uniform_rule():
     rng = np.random.default_rng(0)
     layers = []

@@ -187,7 +187,9 @@ def test_preconditioning():
         jnp.stack([J, J]),
     )
     refused("weight of shape (4, 3) and type int32", precondition, jnp.ones((4, 3), int))
-    refused("gain = nan is not allowed", precondition, J, gain=np.nan)
+    for gain in (np.nan, "one", None, True):
+        words = f"gain = {gain!r} is not allowed: it must be a finite number"
+        refused(words, precondition, J, gain=gain)
     refused("rounds = 0 is not allowed", precondition, J, rounds=0)
     refused("rounds = 2.5 is not allowed", precondition(J).update, 2.5)
     refused("matrices is empty", gmcn, [])
