@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from lora_theory.lowrank import low_rank_decay, shrink, spectral
 
 METHODS = ["svd", "newton_schulz", "polar_express"]
+TWO_METHODS = ["svd", "polar_express"]  # where the polynomials make no difference
 SHAPES = [(8, 8), (12, 5), (5, 12)]
 
 
@@ -82,7 +83,7 @@ def test_five_steps_of_newton_schulz_mostly_rescale():
     assert_allclose(cosines, [0.995, 0.848], atol=0.002)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TWO_METHODS)
 def test_without_a_gradient_weights_end_at_zero_and_unclipped_ones_swing_across_it(method):
     W, U, V = matrix_with(np.array([0.31, 0.17, 0.045]), (6, 4))
 
@@ -101,7 +102,7 @@ def test_without_a_gradient_weights_end_at_zero_and_unclipped_ones_swing_across_
     assert np.all(swinging[-2:].max(axis=0) > 1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TWO_METHODS)
 def test_a_stack_and_half_precision_and_nothing(method):
     stack = jnp.asarray(np.random.default_rng(2).standard_normal((3, 6, 4)))
     sizes = jnp.array([0.1, 0.5, 2.0])
@@ -141,7 +142,7 @@ FLAT = jax.tree.map(jnp.zeros_like, TREE)
 RATIO = np.linalg.norm(W) / np.sqrt(5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TWO_METHODS)
 @pytest.mark.parametrize(
     ("options", "step"),
     [
