@@ -117,18 +117,10 @@ def precondition(
         checked_matrix("weight", array)
     if not isinstance(gain, jax.Array) and not _is_finite(gain):
         raise ProblemError(f"gain = {gain!r} is not allowed: it must be a finite number")
-    first, second = jax.random.split(jax.random.key(0) if key is None else key)
     dtype = jnp.promote_types(array.dtype, jnp.float32)
-    left = jax.random.normal(first, (array.shape[0],), dtype)
-    right = jax.random.normal(second, (array.shape[1],), dtype)
-    module = Preconditioned(
-        weight=array,
-        gain=jnp.asarray(gain, dtype),
-        left=_unit(left, left),
-        right=_unit(right, right),
-        degree=int(degree),
-    )
-    return module.update(rounds)
+    left, right = _random_directions(jax.random.key(0) if key is None else key, array.shape, dtype)
+    gain = jnp.asarray(gain, dtype)
+    return Preconditioned(array, gain, left, right, int(degree)).update(rounds)
 
 
 def refreshed(tree: PyTree, rounds: int = 10) -> PyTree:
@@ -238,6 +230,15 @@ def _effective(weight: Array, gain: Array, left: Array, right: Array, degree: in
     scale: Array = _scale(weight, left, right)
     shaped = of_matrix(at_least_single(weight) / scale, preconditioning_polynomial(degree))
     return (gain * jax.lax.stop_gradient(scale) * shaped).astype(weight.dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _random_directions(key: Array, shape: tuple[int, int], dtype: Any) -> tuple[Array, Array]:
+    vectors = [
+        jax.random.normal(one, (size,), dtype)
+        for one, size in zip(jax.random.split(key), shape, strict=True)
+    ]
+    return _unit(vectors[0], vectors[0]), _unit(vectors[1], vectors[1])
 
 
 @jax.jit
