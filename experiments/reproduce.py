@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,12 @@ EXPERIMENTS = {
     )
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
+#: All processes share compiled programs; a size makes JAX lock the folder.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(FIGURES / "quick" / "compiled"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": "4000000000",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
 
 
 def main() -> None:
@@ -65,6 +72,8 @@ def main() -> None:
     chosen = FULL if options.full else QUICK
     if options.theory:
         chosen = dataclasses.replace(chosen, sources=("theory",))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ |= COMPILED
     folder = FIGURES if options.full else FIGURES / "quick"
     for name in [options.only] if options.only else EXPERIMENTS:
         start = time.perf_counter()
