@@ -36,7 +36,7 @@ def test_thresholds_for_people_gives_the_reasons(command):
     assert "informed_appears: there is no fine-tuning: give finetuning.samples" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_thresholds_measures_random_starts(command, problem, words):
     flags = ["--dim", 20, "--seeds", 4, "--nodes", 256]
     answer = command("thresholds", *words, *flags, "--json")

@@ -124,7 +124,7 @@ def test_reused_sequences_want_no_penalty_for_alignment_and_one_for_the_error(pr
     assert error.optimum["pretraining.penalty"] == pytest.approx(0.0970, abs=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_softmax_has_other_penalties_for_the_error_and_for_the_noise(problem):
     softmax = problem.replace(activation="softmax")
     found = {

@@ -97,7 +97,7 @@ def test_the_gain_in_alignment_lowers_the_penalty_of_least_error():
     assert least["reused"] < least_noise - 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_softmax_optima_part_for_fresh_sequences_and_further_for_reused_ones():
     """Fresh: gain and variance count differently; re-used: o is better far below λ*_E'."""
     three, low = (0.025, 0.04, 0.064), (0.005, 0.02)

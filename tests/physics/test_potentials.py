@@ -49,7 +49,7 @@ PROBLEMS = [
     pytest.param(
         SOFTMAX.replace({"tokens": 3, **REUSED}),
         id="softmax, T = 3, reused",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.exhaustive,
     ),
 ]
 PRETRAINING = ("Q", "M", "V", "Q_hat", "M_hat", "V_hat")

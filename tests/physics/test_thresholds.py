@@ -141,7 +141,7 @@ def test_thresholds_of_lora():
     assert below.finetuning.overlap < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_fold_is_where_predict_loses_the_informed_branch():
     """One token, as in phase retrieval: the branch ends at a strong overlap, m = 0 stays stable."""
     problem = Problem(
