@@ -218,9 +218,12 @@ def shade_unstable(
 ) -> None:
     """A broad pale band along the parts of a theory curve that are unstable."""
     x, unstable = rows[axis].to_numpy(), (rows["status"] == Status.UNSTABLE.value).to_numpy()
-    # halfway to the neighbours, on a logarithmic axis
-    between = np.sqrt(x[1:] * x[:-1])
-    middle = np.interp(np.log(between), np.log(x), heights)
+    # halfway to the neighbours, on logarithmic axes
+    between, heights = np.sqrt(x[1:] * x[:-1]), np.asarray(heights)
+    if panel.get_yscale() == "log":
+        middle = np.sqrt(heights[1:] * heights[:-1])
+    else:
+        middle = (heights[1:] + heights[:-1]) / 2
     fine, high = np.empty(2 * x.size - 1), np.empty(2 * x.size - 1)
     fine[::2], fine[1::2], high[::2], high[1::2] = x, between, heights, middle
     for place in np.flatnonzero(unstable):

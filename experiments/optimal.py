@@ -286,6 +286,8 @@ def along(table: pd.DataFrame, activation: str, field: str) -> pd.DataFrame:
 
 def _draw_panel(panel: Any, part: pd.DataFrame, field: str, observable: str) -> None:
     scale = 100 if observable.startswith("excess") else 1
+    panel.set_xscale("log")
+    panel.set_yscale("log")
     for name, (color, dashes, marker) in STYLES.items():
         here = (part["objective"] == name) & (part["observable"] == observable)
         rows = solved(part[here & (part["source"] == "theory")])
@@ -308,8 +310,6 @@ def _draw_panel(panel: Any, part: pd.DataFrame, field: str, observable: str) -> 
             linewidth=0.8, zorder=3,
         )  # fmt: skip
     ticks = [*VARIED[field][1]]
-    panel.set_xscale("log")
-    panel.set_yscale("log")
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_xticks([], minor=True)
 

@@ -141,7 +141,7 @@ def lines(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
     count = profile.pick(quick=3, full=POINTS[activation])
     nodes = profile.pick(quick=32, full=FINE)
     both = [{"nodes": nodes, "blocks": profile.blocks, "seed": seed} for seed in (0, 1)]
-    for name, level, gain, ends in LINES[activation]:
+    for name, level, gain, ends in LINES[activation][: profile.pick(quick=1, full=4)]:
         for variance in np.geomspace(*ends, count).tolist():
             noise = Noise(activation, gain, variance)
             needed = [noise.needed(name, level, **settings) for settings in both]
@@ -206,7 +206,7 @@ def splits(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
     nodes = profile.pick(quick=32, full=NODES[activation])
     linear = activation == "linear"
     for cost in profile.pick(quick=COSTS[1:2], full=COSTS if linear else FEWER_COSTS):
-        for budget in profile.pick(quick=BUDGETS[1:3], full=BUDGETS if linear else FEWER_BUDGETS):
+        for budget in profile.pick(quick=BUDGETS[1:2], full=BUDGETS if linear else FEWER_BUDGETS):
             if budget / cost < LEAST:
                 continue
             settings = {"nodes": nodes, "blocks": profile.blocks}
