@@ -23,7 +23,15 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_tools import OBSERVED, Experiment, Profile, predicted_rows, shade_unstable, solved
+from figure_tools import (
+    OBSERVED,
+    Experiment,
+    Profile,
+    predicted_rows,
+    shade_unstable,
+    solved,
+    tolerance,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.optimize import root
@@ -187,12 +195,10 @@ def simulated(
 ) -> Iterator[dict[str, Any]]:
     """Rows of each D and of their limit, dim = ∞."""
     asked, seeds = prediction.problem, SEEDS[effort["pretrained"]][profile.name]
-    # relative to λ; rounding does not shrink with it
-    tolerance = max(1e-3, 1e-4 / asked.pretraining.penalty)
     further = {"starts": 0, "test_sequences": 10_000, "dtype": "float32"}
     results = {
         dim: kept_simulations(
-            asked, [dim], count, store, gradient_tolerance=tolerance, **effort, **further
+            asked, [dim], count, store, gradient_tolerance=tolerance(asked), **effort, **further
         )[0]
         for dim, count in seeds.items()
     }

@@ -177,9 +177,7 @@ def paired_rows(
     samples: dict[float, dict[str, pd.Series]] = {}
     labels: dict[float, dict[str, Any]] = {}
     for value, asked in problems.items():
-        # relative to λ; rounding does not shrink with it
-        tolerance = max(1e-3, 1e-4 / asked.pretraining.penalty)
-        effort = {"starts": 2, "dtype": "float32", "gradient_tolerance": tolerance}
+        effort = {"starts": 2, "dtype": "float32", "gradient_tolerance": tolerance(asked)}
         if pretrained != "trained":
             effort["pretrained"] = pretrained
         (result,) = kept_simulations(asked, [dim], seeds, store, **effort)
@@ -190,19 +188,35 @@ def paired_rows(
         shared |= {"status": result.status.value, "dim": dim, "seeds": seeds}
         shared |= {"root_seed": result.environment["seed"], "dtype": result.environment["dtype"]}
         if asked.activation == "linear":
-            factor = 2 * (asked.tokens + 1) / asked.tokens
-            samples[value]["test_error"] -= factor * runs["finetuning.cross_term"]
-            yield _row(shared, "corrected_test_error", samples[value]["test_error"])
+            samples[value]["test_error"] = corrected_error(asked, runs)
+            corrected = Estimate.of(samples[value]["test_error"])
+            yield {**shared, **estimated("corrected_test_error", corrected)}
         labels[value] = shared
     for name, value in product(PAIRED, samples):
         if value != reference:
-            difference = samples[value][name] - samples[reference][name]
-            yield _row(labels[value], f"{name}_difference", difference)
+            difference = Estimate.of(samples[value][name] - samples[reference][name])
+            yield {**labels[value], **estimated(f"{name}_difference", difference)}
 
 
-def _row(labels: dict[str, Any], name: str, samples: pd.Series) -> dict[str, Any]:
-    estimate = Estimate.of(samples)
-    return {**labels, "observable": name, "value": estimate.mean, "error": estimate.error}
+def tolerance(asked: Problem) -> float:
+    """Of gradients, relative to λ: rounding in float32 does not shrink with it."""
+    return max(1e-3, 1e-4 / asked.pretraining.penalty)
+
+
+def corrected_error(asked: Problem, runs: pd.DataFrame) -> pd.Series:
+    """E' of every run, for linear attention without its measured O(1/√D) cross term.
+
+    docs/theory.md, section 7.
+    """
+    error = runs["finetuning.test_error"]
+    if asked.activation != "linear":
+        return error
+    return error - 2 * (asked.tokens + 1) / asked.tokens * runs["finetuning.cross_term"]
+
+
+def estimated(observable: str, estimate: Estimate) -> dict[str, Any]:
+    """What a row says of an observable."""
+    return {"observable": observable, "value": estimate.mean, "error": estimate.error}
 
 
 def limit(rows: pd.DataFrame, power: float = 1.0) -> tuple[float, float]:

@@ -16,7 +16,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_tools import Experiment, Profile, computed, shade_unstable, solved
+from figure_tools import (
+    Experiment,
+    Profile,
+    computed,
+    corrected_error,
+    estimated,
+    shade_unstable,
+    solved,
+    tolerance,
+)
 from matplotlib.figure import Figure
 from numpy.polynomial import Polynomial
 
@@ -128,8 +137,7 @@ def simulation(
         labels: dict[int, dict[str, Any]] = {}
         for penalty in penalties.tolist():
             asked = problem(activation, {SAMPLES: samples, PENALTY: penalty})
-            tolerance = max(1e-3, 1e-4 / penalty)  # relative to λ; rounding does not shrink with it
-            effort = {"starts": 1, "dtype": "float32", "gradient_tolerance": tolerance}
+            effort = {"starts": 1, "dtype": "float32", "gradient_tolerance": tolerance(asked)}
             for result in kept_simulations(asked, dims, seeds, store / activation, **effort):
                 shared = {**asked.to_flat(), "source": "simulation", "dim": result.dim}
                 shared |= {"seeds": seeds, "dtype": "float32"}
@@ -138,29 +146,22 @@ def simulation(
                 shared["status"] = result.status.value
                 for name, values in measured(result).items():
                     losses[result.dim][name].append(values)
-                    yield {**shared, "objective": name, **_estimated("loss", Estimate.of(values))}
+                    yield {**shared, "objective": name, **estimated("loss", Estimate.of(values))}
         for dim in dims:
             for name, observable, estimate in fitted(penalties, losses[dim]):
-                yield {**labels[dim], "objective": name, **_estimated(observable, estimate)}
-
-
-def _estimated(observable: str, estimate: Estimate) -> dict[str, Any]:
-    return {"observable": observable, "value": estimate.mean, "error": estimate.error}
+                yield {**labels[dim], "objective": name, **estimated(observable, estimate)}
 
 
 def measured(result: Simulation) -> dict[str, np.ndarray]:
     """What is to be small, of every run."""
     runs = pd.DataFrame(result.runs)
-    noise, error = runs["effective_noise.variance"], runs["finetuning.test_error"]
+    noise = runs["effective_noise.variance"]
     if result.problem.activation == "linear":
         noise = noise + (1 - runs["effective_noise.gain"]) ** 2 * runs["pretraining.Q"]
-        # what section 7 of docs/theory.md knows of the finite D
-        tokens = result.problem.tokens
-        error = error - 2 * (tokens + 1) / tokens * runs["finetuning.cross_term"]
     losses = {
         "pretraining.test_error": runs["pretraining.test_error"],
         "effective_noise": noise,
-        "finetuning.test_error": error,
+        "finetuning.test_error": corrected_error(result.problem, runs),
         "finetuning.overlap": 1 - runs["finetuning.overlap"],
     }
     return {name: values.to_numpy() for name, values in losses.items()}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from figure_tools import Profile, computed
+from figure_tools import Profile, computed, corrected_error, estimated, tolerance
 from scipy.optimize import brentq, minimize
 from scipy.special import expit, logit
 
@@ -154,11 +154,7 @@ def lines(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
             shared = {"activation": activation, "source": "theory", "equal": name}
             shared |= {"level": level, "gain": gain, "variance": variance}
             for observable, values in numbers.items():
-                yield {**shared, **_estimated(observable, Estimate.of(values))}
-
-
-def _estimated(observable: str, estimate: Estimate) -> dict[str, Any]:
-    return {"observable": observable, "value": estimate.mean, "error": estimate.error}
+                yield {**shared, **estimated(observable, Estimate.of(values))}
 
 
 class Split(NamedTuple):
@@ -224,7 +220,7 @@ def splits(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
                 "overlap": [stage.finetuning.overlap for stage in stages],
             }
             for observable, values in numbers.items():
-                yield {**shared, **_estimated(observable, Estimate.of(values))}
+                yield {**shared, **estimated(observable, Estimate.of(values))}
 
 
 def penalty_at(activation: str, samples: float) -> float:
@@ -254,7 +250,7 @@ def along(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
         shared |= {"share": share, "status": answer.status.value, "start": stage.branch}
         for name in ("test_error", "overlap"):
             estimate = Estimate(getattr(stage, name), stage.quadrature_error[name], 1)
-            yield {**shared, **_estimated(name, estimate)}
+            yield {**shared, **estimated(name, estimate)}
 
 
 def seen_noise(activation: str, samples: float, penalty: float) -> Noise:
@@ -308,22 +304,25 @@ def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str,
 
 def simulation(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
     """Rows of trained systems on a line of equal overlap and off it, and along a split."""
+    trained = systems(activation, profile)
+    shares = profile.pick(quick=SHARES[:1], full=SHARES)
+    divided_at = {share: split_at(activation, share) for share in shares}
     for dim in profile.pick(quick=(40,), full=(50, 100)):
-        for one in systems(activation, profile):
+        for one in trained:
             runs, shared = simulated(one.asked, dim, profile, store)
             estimate = Estimate.of(runs["o"])
             yield {**shared, **one.labels, "value": estimate.mean, "error": estimate.error}
         reference: pd.Series | None = None
-        for share in profile.pick(quick=SHARES[:1], full=SHARES):
-            runs, shared = simulated(split_at(activation, share), dim, profile, store)
+        for share, asked in divided_at.items():
+            runs, shared = simulated(asked, dim, profile, store)
             shared |= {"budget": BUDGET, "cost": COST, "share": share}
-            yield {**shared, **_estimated("test_error", Estimate.of(runs["E'"]))}
-            yield {**shared, **_estimated("overlap", Estimate.of(runs["o"]))}
+            yield {**shared, **estimated("test_error", Estimate.of(runs["E'"]))}
+            yield {**shared, **estimated("overlap", Estimate.of(runs["o"]))}
             if reference is None:
                 reference = runs["E'"]
             else:
                 difference = Estimate.of(runs["E'"] - reference)
-                yield {**shared, **_estimated("test_error_difference", difference)}
+                yield {**shared, **estimated("test_error_difference", difference)}
 
 
 def simulated(
@@ -331,15 +330,12 @@ def simulated(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """E' and o of every run from the informed start, and the labels of their rows."""
     seeds = profile.pick(quick=8, full=32)
-    tolerance = max(1e-3, 1e-4 / asked.pretraining.penalty)  # relative to λ
-    effort = {"starts": 1, "dtype": "float32", "gradient_tolerance": tolerance}
+    effort = {"starts": 1, "dtype": "float32", "gradient_tolerance": tolerance(asked)}
     (result,) = kept_simulations(asked, [dim], seeds, store / asked.activation, **effort)
     shared = {**asked.to_flat(), "source": "simulation", "status": result.status.value}
     shared |= {"dim": dim, "seeds": seeds, "root_seed": result.environment["seed"]}
     runs = pd.DataFrame(result.runs)
-    error = runs["finetuning.test_error"]
-    if asked.activation == "linear":  # what section 7 of docs/theory.md knows of the finite D
-        error = error - 2 * (asked.tokens + 1) / asked.tokens * runs["finetuning.cross_term"]
+    error = corrected_error(asked, runs)
     return pd.DataFrame({"E'": error, "o": runs["finetuning.overlap"]}), shared
 
 

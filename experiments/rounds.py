@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from figure_tools import Experiment, Profile, computed, shade_unstable, solved
+from figure_tools import (
+    Experiment,
+    Profile,
+    computed,
+    corrected_error,
+    shade_unstable,
+    solved,
+)
 from matplotlib.figure import Figure
 
 from lora_theory import (
@@ -24,6 +31,7 @@ from lora_theory import (
     Finetuning,
     Pretraining,
     Problem,
+    SecondRound,
     Selection,
     second_round,
     simulate_second_round,
@@ -85,22 +93,24 @@ def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str,
     samples, pools = SETS[activation]["samples"], SETS[activation]["pools"]
     asked = problem(activation)
 
-    def rows(choice: Choice, pool: float, reference: Any = None) -> Any:
-        found = second_round(asked, samples=samples, **choice.settings(pool), **effort)
+    def solve(choice: Choice, pool: float) -> SecondRound:
+        return second_round(asked, samples=samples, **choice.settings(pool), **effort)
+
+    def rows(choice: Choice, pool: float, found: SecondRound) -> Iterator[dict[str, Any]]:
         shared = labels(activation, "theory", choice, pool) | {"status": found.status.value}
         for name in OBSERVED:
             value, error = getattr(found, name), found.quadrature_error[name]
             yield {**shared, "observable": name, "value": value, "error": error}
-            if reference is not None:
-                value = value - getattr(reference, name)
-                error = math.hypot(error, reference.quadrature_error[name])
+            if found is not plain:
+                value = value - getattr(plain, name)
+                error = math.hypot(error, plain.quadrature_error[name])
                 yield {**shared, "observable": f"{name}_difference", "value": value, "error": error}
 
-    plain = second_round(asked, samples=samples, **effort)
-    yield from rows(ANY, samples)
+    plain = solve(ANY, samples)
+    yield from rows(ANY, samples, plain)
     for choice in CHOICES:
         for pool in profile.pick(quick=pools[2:5:2], full=pools):
-            yield from rows(choice, pool, plain)
+            yield from rows(choice, pool, solve(choice, pool))
 
 
 def simulation(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
@@ -117,11 +127,9 @@ def simulation(activation: str, profile: Profile, store: Path) -> Iterator[dict[
                 shared = labels(activation, "simulation", choice, pool)
                 shared |= {"status": "not_converged" if found.missed else "converged"}
                 shared |= {"dim": dim, "seeds": seeds, "root_seed": 0, "dtype": "float32"}
-                runs = pd.DataFrame(found.runs)[[f"finetuning.{name}" for name in OBSERVED]]
-                runs.columns = list(OBSERVED)
-                if activation == "linear":  # what section 7 of docs/theory.md knows of the finite D
-                    cross = pd.DataFrame(found.runs)["finetuning.cross_term"]
-                    runs["test_error"] -= 3 * cross
+                every = pd.DataFrame(found.runs)
+                error = corrected_error(problem(activation), every)
+                runs = pd.DataFrame({"test_error": error, "overlap": every["finetuning.overlap"]})
                 if plain is None:
                     plain = runs
                 else:
