@@ -109,5 +109,6 @@ def truncated_at(
     Q = float(weights @ s**2)
     M = constants.teacher_scale * float(weights @ (s * (x - 2 * delta**2 * transform.real)))
     V = 2 * float(weights @ (s * transform.real)) / signal
+    bends = tuple(y for y in kept.corners if not low < y < high)
     ends = tuple(y for y in (low, high) if math.isfinite(y))
-    return Truncated(Q, M, V, Kept(share, (low, high), ends, True))
+    return Truncated(Q, M, V, Kept(share, (low, high), bends + ends, True))
