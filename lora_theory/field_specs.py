@@ -59,8 +59,8 @@ def validate(part: Any, prefix: str) -> None:
             object.__setattr__(part, name, _numbers(value, _LISTS[name], complaint))
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise complaint
-        elif name == "tokens":
-            if not isinstance(value, numbers.Integral) or value < 1:
+        elif name in _INTEGERS:
+            if not isinstance(value, numbers.Integral) or not _INTEGERS[name](int(value)):
                 raise complaint
             object.__setattr__(part, name, int(value))
         else:
@@ -78,6 +78,13 @@ def validate(part: Any, prefix: str) -> None:
 
 #: Fields that hold several numbers, and how many of these must not be 0.
 _LISTS: dict[str, Callable[[Iterable[float]], bool]] = {"eigenvalues": any, "spikes": all}
+
+
+#: Fields that hold an integer, and which of them they allow.
+_INTEGERS: dict[str, Callable[[int], bool]] = {
+    "tokens": lambda value: value >= 1,
+    "degree": lambda value: value in (1, 3, 5, 7, 9),
+}
 
 
 def _numbers(

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law, law_of
-from lora_theory.problem import Problem
+from lora_theory.problem import Problem, ProblemError
+from lora_theory.theory.parametrised import LowRankDecay, Preconditioned
 from lora_theory.theory.regularizers import (
     Frobenius,
     NarrowFactor,
@@ -24,7 +25,7 @@ from lora_theory.theory.regularizers import (
     Regularizer,
     WeightDecay,
 )
-from lora_theory.theory.separable import Separable, separable_nodes, separable_weights
+from lora_theory.theory.separable import Numerical, Separable, separable_nodes, separable_weights
 from lora_theory.theory.units import Units
 
 __all__ = [
@@ -38,6 +39,10 @@ __all__ = [
     "weight_side",
     "weights_at",
 ]
+
+
+#: Penalties of a factor whose width does not cut the rank.
+_FACTORISED = ("low_rank_decay", "preconditioned")
 
 
 class Channel(NamedTuple):
@@ -55,13 +60,18 @@ class Constants(NamedTuple):
     label_variance: float  # Q0 + Δ/2, variance of z^y
     law: Law  # of S0 …
     teacher_scale: float  # … which is multiplied by τ0
-    regularizer: Regularizer | Separable
+    regularizer: Regularizer | Numerical
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
         """The constants of ``problem``."""
         stage, units, law = problem.pretraining, Units.of(problem), law_of(problem)
-        kind: Regularizer | Separable
+        kind: Regularizer | Numerical
+        if stage.regularizer in _FACTORISED and stage.rank < 1:
+            raise ProblemError(
+                f"pretraining.rank = {stage.rank:g} is not allowed in the theory of "
+                f'pretraining.regularizer = "{stage.regularizer}": it must be at least 1'
+            )
         if stage.regularizer == "weight_decay":
             kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
             if stage.rank < 1:
@@ -70,6 +80,13 @@ class Constants(NamedTuple):
             kind = Frobenius(stage.penalty / units.student**2)
         elif stage.regularizer == "nuclear_norm":
             kind = NuclearNorm(stage.penalty / units.student)
+        elif stage.regularizer == "low_rank_decay":
+            kind = LowRankDecay(stage.rank**0.25 * stage.penalty / math.sqrt(units.student))
+        elif stage.regularizer == "preconditioned":
+            assert stage.degree is not None
+            assert stage.scale is not None
+            scaled = math.sqrt(stage.rank) * stage.penalty * stage.scale
+            kind = Preconditioned(stage.degree, scaled, units.student * stage.scale)
         else:
             assert stage.function is not None
             kind = Separable(stage.function, stage.penalty, units.student)
@@ -90,7 +107,7 @@ def weight_potential(
     constants: Constants,
 ) -> Float[Array, ""]:
     """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
-    assert not isinstance(constants.regularizer, Separable)  # which is not traced: weights_at
+    assert not isinstance(constants.regularizer, Numerical)  # which is not traced: weights_at
     scale, law = constants.teacher_scale, constants.law
     return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
 
@@ -133,7 +150,7 @@ def _weights_at(unknowns: Array, constants: Constants) -> Weights:
 def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weights:
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
     at, kind = jnp.asarray(unknowns), constants.regularizer
-    if isinstance(kind, Separable):
+    if isinstance(kind, Numerical):
         found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
         return Weights(at, *map(jnp.asarray, found))
     solved: Weights = _weights_at(at, constants)
@@ -158,7 +175,7 @@ class LastWeights:
 @quickly_compiled()
 def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
     kind = constants.regularizer
-    assert not isinstance(kind, Separable)
+    assert not isinstance(kind, Numerical)
     Q_hat, M_hat, _ = jnp.exp(unknowns)
     at = Q_hat, constants.teacher_scale * M_hat, constants.law
     return kind.learned_rank(*at), *kind.dead_zone(*at)
@@ -176,7 +193,7 @@ class Kept(NamedTuple):
 def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
     """What is kept at log(Q̂, M̂, V̂)."""
     kind = constants.regularizer
-    if isinstance(kind, Separable):
+    if isinstance(kind, Numerical):
         nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
         return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
     rank, low, high = map(float, _kept_at(jnp.asarray(unknowns), constants))
