@@ -18,11 +18,14 @@ from lora_theory.simulation.measure import (
     as_matrix,
     cross_terms,
     effective_noise,
+    learned_rank,
     matrix_overlaps,
     sampled_errors,
     vector_overlaps,
 )
 from lora_theory.simulation.minimise import (
+    FACTOR,
+    Form,
     Minimum,
     Task,
     minimise,
@@ -74,9 +77,8 @@ def pretrained_weights(
         return data, [minimum for minimum, _ in sampled], [weights for _, weights in sampled]
     data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
     tasks = [pretraining_task(run, problem) for run in data]
-    form, function = problem.pretraining.regularizer, problem.pretraining.function
-    starts = [run.start for run in data]
-    pretrained = descend(tasks, starts, problem, effort, form, function)
+    form, starts = Form.of(problem.pretraining), [run.start for run in data]
+    pretrained = descend(tasks, starts, problem, effort, form)
     return data, pretrained, [student(minimum.weights, form) for minimum in pretrained]
 
 
@@ -105,7 +107,9 @@ def measured(
     )
     S, S0 = as_matrix(frozen_weights), as_matrix(data.teacher)
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
-    overlaps, used = matrix_overlaps(as_matrix(weights), S0), matrix_overlaps(S, S0)
+    trained = S if frozen_weights is weights else as_matrix(weights)
+    overlaps, used = matrix_overlaps(trained, S0), matrix_overlaps(S, S0)
+    overlaps["learned_rank"] = learned_rank(trained)
     beta = problem.rescaling
     tau, tau_0 = problem.inverse_temperature, problem.teacher.inverse_temperature
     noise = effective_noise(beta**2 * used["Q"], beta * used["M"], used["Q0"], problem.label_noise)
@@ -180,12 +184,11 @@ def descend(
     starts: Sequence[Array],
     problem: Problem,
     effort: Effort,
-    form: str = "weight_decay",
-    function: str | None = None,
+    form: Form = FACTOR,
 ) -> list[Minimum]:
     """One descent per run, all in one batch."""
     limits = effort.gradient_tolerance, effort.max_iterations
-    kind: Any = {"activation": problem.activation, "form": form, "function": function}
+    kind: Any = {"activation": problem.activation, "form": form}
     if len(tasks) == 1:
         return [minimise(tasks[0], starts[0], *limits, **kind)]
     together = jax.tree.map(lambda *parts: jnp.stack(parts), *tasks)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.lowrank.polynomials import PRECONDITIONING, of_numbers
@@ -18,6 +19,8 @@ from lora_theory.theory.separable import Numerical
 
 __all__ = ["LowRankDecay", "Preconditioned"]
 
+#: A bound of t² where y ≤ 0.
+_SMALLEST = 1e-12
 #: Grid of t, minima that are followed, rounds that narrow each, points per round, Newton's steps.
 _POINTS, _CANDIDATES, _ROUNDS, _FINE, _NEWTON = 257, 3, 8, 17, 3
 
@@ -49,6 +52,13 @@ class LowRankDecay(Numerical):
         return V_hat * s**2 / 4 - y * s / 2 + self.strength * jnp.sqrt(s)
 
 
+def _first_maximum(coefficients: tuple[float, ...]) -> float:
+    """The t > 0 up to which Σ c_i t^{2i+1} grows."""
+    slope = np.polynomial.Polynomial([(2 * i + 1) * c for i, c in enumerate(coefficients)])
+    squares = np.asarray(slope.roots())
+    return float(np.sqrt(squares.real[(squares.imag == 0) & (squares.real > 0)].min()))
+
+
 class _Preimage(NamedTuple):
     t: Float[Array, " n"]
     cost: Float[Array, " n"]
@@ -61,8 +71,8 @@ class _Preimage(NamedTuple):
 class Preconditioned(Numerical):
     """λ‖W̃‖²_F, where W = σ̂ g_d(W̃/σ̂) with a fixed σ̂: R(s) = √κ λ ŝ t², ŝ g_d(t)² = s.
 
-    t = σ̃/σ̂ is the smallest preimage of s, which is the cheapest one; where g_d has passed its
-    maximum, R jumps.
+    t = σ̃/σ̂ stays below the first maximum of g_d, which a descent from small W̃ does not cross: no
+    s exceeds ŝ max g_d², about ŝ.  Larger t, where g_d grows again, may cost less.
     """
 
     degree: int
@@ -90,9 +100,11 @@ class Preconditioned(Numerical):
             return V_hat * s**2 / 4 - y * s / 2 + self.penalty * t**2
 
         held, stiff = jax.lax.stop_gradient((y, V_hat))
-        # the cost is negative at most up to s = 2y/V̂, and |g_d(t)| > |c_d|t^d/3 for t ≥ 3
-        top = 2 * jnp.maximum(held, 0.0) / (stiff * jax.lax.stop_gradient(self.scale))
-        reach = jnp.maximum(3.0, (9 * top / c[-1] ** 2) ** (0.5 / self.degree))
+        if self.degree == 1:  # the cost is negative at most up to s = 2y/V̂
+            bound = 2 * jnp.maximum(held, 0.0) / (stiff * jax.lax.stop_gradient(self.scale))
+            reach = jnp.sqrt(jnp.maximum(bound, _SMALLEST))
+        else:
+            reach = jnp.full_like(held, _first_maximum(c))
         grid = reach * jnp.linspace(0, 1, _POINTS, dtype=held.dtype)[:, None]
         costs = cost(grid, held, stiff)
         inner = jnp.pad(costs, ((1, 1), (0, 0)), constant_values=jnp.inf)
@@ -102,7 +114,7 @@ class Preconditioned(Numerical):
 
         def narrow(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
             t, width = state
-            near = jnp.abs(t[:, None] + width * fine)
+            near = jnp.clip(t[:, None] + width * fine, 0.0, reach)
             best = jnp.argmin(cost(near, held, stiff), axis=1)
             return jnp.take_along_axis(near, best[:, None], axis=1)[:, 0], width * 2 / (_FINE - 1)
 
