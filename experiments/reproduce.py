@@ -12,10 +12,12 @@ from pathlib import Path
 
 import collapse
 import contraction
+import decay
 import figure1
 import figure2
 import figure3
 import figure4
+import lowrank
 import matplotlib as mpl
 import mismatch
 import optimal
@@ -40,6 +42,8 @@ EXPERIMENTS = {
         figure4,
         selection,
         rounds,
+        lowrank,
+        decay,
         spectra,
         phases,
         contraction,
