@@ -23,7 +23,7 @@ from jaxtyping import Array
 from numpy.typing import NDArray
 
 from lora_theory.arguments import checked_integer
-from lora_theory.compilation import double_precision
+from lora_theory.compilation import double_precision, quickly_compiled
 from lora_theory.lowrank.checks import Matrix, checked_array, checked_matrix, checked_number
 from lora_theory.lowrank.polynomials import preconditioning_polynomial
 from lora_theory.lowrank.preconditioning import Preconditioned, gmcn, precondition, refreshed
@@ -166,7 +166,7 @@ def rates(layers: Sequence[Any], inputs: Any) -> Rates:
     product = product_rate(lowest, _widths(matrices), _extremes(X)[0])
     layerwise = 0.0
     for place in range(len(matrices)):
-        after = _product(matrices[place + 1 :], np.eye(matrices[-1].shape[0]))
+        after = _product(matrices[place + 1 :], np.eye(len(matrices[place])))
         before = _product(matrices[:place], X)
         # over all directions of E, not only over as many as the matrix has singular values
         smallest = [
@@ -468,13 +468,13 @@ def _acting(layer: Any, follow: bool = False) -> Array:
     """The matrix that acts; with ``follow`` its derivative follows the outer σ̂ as well."""
     if not isinstance(layer, Preconditioned):
         return layer  # type: ignore[no-any-return]
-    matrix: Array = layer.effective
-    scale = layer.scale
-    factor: Array = scale / jax.lax.stop_gradient(scale) if follow else jnp.ones_like(scale)
-    return matrix * factor
+    acting: Array = layer.effective
+    if follow:
+        acting *= layer.scale / jax.lax.stop_gradient(layer.scale)
+    return acting
 
 
-@partial(jax.jit, static_argnames="train_gain")
+@quickly_compiled("train_gain")
 def _kernel(layers: list[Any], X: Array, train_gain: bool) -> Array:
     def outputs(layers: list[Any], follow: bool) -> Any:
         return _product([_acting(layer, follow) for layer in layers], X)
@@ -485,9 +485,10 @@ def _kernel(layers: list[Any], X: Array, train_gain: bool) -> Array:
         (gradient,) = backward(residual.reshape(value.shape))
         moved = [_without_gain(part, train_gain) for part in gradient]
         _, change = jax.jvp(partial(outputs, follow=True), (layers,), (moved,))
-        return change.ravel()
+        return jnp.ravel(change)
 
-    return jax.vmap(velocity)(jnp.eye(value.size, dtype=value.dtype)).T
+    columns: Array = jax.vmap(velocity)(jnp.eye(value.size, dtype=value.dtype))
+    return columns.T
 
 
 def _without_gain(gradient: Any, train_gain: bool) -> Any:
@@ -496,7 +497,7 @@ def _without_gain(gradient: Any, train_gain: bool) -> Any:
     return eqx.tree_at(lambda layer: layer.gain, gradient, jnp.zeros_like(gradient.gain))
 
 
-@partial(jax.jit, static_argnames=("degree", "train_gain", "records", "every", "rounds"))
+@quickly_compiled("degree", "train_gain", "records", "every", "rounds")
 def _trained(
     weights: list[Array],
     gains: Array,
