@@ -12,6 +12,7 @@ from pathlib import Path
 
 import collapse
 import contraction
+import deep_linear
 import figure1
 import figure2
 import figure3
@@ -43,6 +44,7 @@ EXPERIMENTS = {
         spectra,
         phases,
         contraction,
+        deep_linear,
         published,
     )
 }

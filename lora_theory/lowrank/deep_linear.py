@@ -61,7 +61,7 @@ class Training:
     steps: NDArray[np.int64]  #: (R,) how many steps had been taken
     excess: NDArray[np.float64]  #: (S, R) f − f*; infinite from where a run diverged
     minimum: NDArray[np.float64]  #: (S,) f*
-    spectra: list[NDArray[np.float64]]  #: per layer (S, R, min(n_l, n_{l−1})), of what acts
+    spectra: list[NDArray[np.float64]]  #: per layer (S, R, min(n_l, n_{l−1})) of what acts, or inf
     scales: NDArray[np.float64]  #: (S, R, L): σ̂ of preconditioned layers, σ_1 of plain ones
     layers: list[Any]  #: at the end, stacked over seeds: matrices, or Preconditioned
 
@@ -71,9 +71,14 @@ class Training:
 
     @property
     def conditions(self) -> NDArray[np.float64]:
-        """(S, R): :func:`~lora_theory.lowrank.gmcn` of the layers that act."""
+        """(S, R): :func:`~lora_theory.lowrank.gmcn` of the layers that act; inf if diverged."""
         places = np.ndindex(self.excess.shape)
-        values = [gmcn([np.diag(spectrum[at]) for spectrum in self.spectra]) for at in places]
+        values = [
+            gmcn([np.diag(spectrum[at]) for spectrum in self.spectra])
+            if np.isfinite(self.excess[at])
+            else math.inf
+            for at in places
+        ]
         return np.reshape(values, self.excess.shape)
 
 
@@ -351,8 +356,8 @@ def train(
         found = _trained(
             [jnp.asarray(W) for W in stacks], jnp.asarray(gamma),
             jnp.asarray([X for X, _, _ in data]), jnp.asarray([Y for _, Y, _ in data]),
-            jnp.asarray(rate), jnp.asarray(penalty),
-            degree, bool(train_gain), count // spacing, spacing, turns,
+            jnp.asarray(rate), jnp.asarray(penalty), jnp.asarray(spacing),
+            degree, bool(train_gain), count // spacing, turns,
         )  # fmt: skip
     final, excess, spectra, scales = found
     excess = np.asarray(excess)
@@ -491,13 +496,20 @@ def _kernel(layers: list[Any], X: Array, train_gain: bool) -> Array:
     return columns.T
 
 
+def _spectrum(matrix: Array) -> Array:
+    finite = jnp.all(jnp.isfinite(matrix))  # LAPACK complains of others
+    return jnp.where(
+        finite, jnp.linalg.svd(jnp.where(finite, matrix, 0), compute_uv=False), jnp.inf
+    )
+
+
 def _without_gain(gradient: Any, train_gain: bool) -> Any:
     if train_gain or not isinstance(gradient, Preconditioned):
         return gradient
     return eqx.tree_at(lambda layer: layer.gain, gradient, jnp.zeros_like(gradient.gain))
 
 
-@quickly_compiled("degree", "train_gain", "records", "every", "rounds")
+@quickly_compiled("degree", "train_gain", "records", "rounds")
 def _trained(
     weights: list[Array],
     gains: Array,
@@ -505,10 +517,10 @@ def _trained(
     Y: Array,
     rate: Array,
     decay: Array,
+    every: Array,
     degree: int | None,
     train_gain: bool,
     records: int,
-    every: int,
     rounds: int,
 ) -> Any:
     def one(weights: list[Array], gains: Array, X: Array, Y: Array) -> Any:
@@ -532,8 +544,7 @@ def _trained(
             return result
 
         def record(layers: list[Any]) -> Any:
-            acting = [_acting(layer) for layer in layers]
-            spectra = [jnp.linalg.svd(W, compute_uv=False) for W in acting]
+            spectra = [_spectrum(_acting(layer)) for layer in layers]
             scales = [
                 layer.scale if isinstance(layer, Preconditioned) else s[0]
                 for layer, s in zip(layers, spectra, strict=True)

@@ -1,0 +1,583 @@
+"""Deep linear networks: how fast gradient descent converges, plain and with the PC layer.
+
+Rates predicted from the layers beside measured ones; singular values of the layers over training,
+at equal gain; what the PC layer does not prevent: a rank that falls, decay with nothing against it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, repeat
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from figure_tools import Experiment, Profile
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
+
+from lora_theory import Estimate
+from lora_theory.lowrank import spectral
+from lora_theory.lowrank.deep_linear import (
+    Training,
+    asymptotic_factor,
+    envelope,
+    rates,
+    train,
+)
+from lora_theory.lowrank.polynomials import PRECONDITIONING
+
+RATE = 0.1  # η, of all panels but the comparison of speeds
+WIDTHS = (8, 8, 7, 6)  # n_0, …, n_3 of the first panel
+SPREADS, DEPTHS = (1.5, 4.0, 10.0), (2, 3, 4)  # of the second: σ_1/σ_n of every layer at the start
+SIDE, LAYERS = 12, 3  # of the square layers of the third and fourth panel
+MIDDLE = 1  # the layer shown there
+RANK_TARGET, RANK_START = (1.0, 0.6, 0.4, 0.0), (1.0, 0.3, 0.2, 0.1)
+DECAY = 0.01
+LEARNING_RATES = tuple(0.05 * 2 ** (step / 2) for step in range(11))  # to 1.6
+FITTED = 1e-6  # share of the loss at which a run counts as fitted
+PLAIN = None
+
+
+class Start(NamedTuple):
+    """Layers, inputs and targets, each with the seeds in front."""
+
+    layers: list[np.ndarray]
+    inputs: np.ndarray
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, seeds: int, draw: Callable[[np.random.Generator], Any]) -> Start:
+        """Seed i is always the same, however many there are."""
+        drawn = [draw(np.random.default_rng([20, seed])) for seed in range(seeds)]
+        layers, inputs, targets = zip(*drawn, strict=True)
+        stacked = [np.stack(one) for one in zip(*layers, strict=True)]
+        return cls(stacked, np.stack(inputs), np.stack(targets))
+
+    @property
+    def norms(self) -> np.ndarray:
+        """(S, L): ‖W_l‖_F."""
+        return np.stack([np.linalg.norm(W, axis=(1, 2)) for W in self.layers], axis=1)
+
+    def equal_gains(self, degree: int | None) -> np.ndarray:
+        """γ with which ‖W_eff‖_F is ‖W‖_F at the start."""
+        if degree is PLAIN:
+            return np.ones_like(self.norms)
+        lifted = [
+            np.linalg.norm(spectral.preconditioned(s, degree=degree), axis=-1)
+            for s in (np.linalg.svd(W, compute_uv=False) for W in self.layers)
+        ]
+        return self.norms / np.stack(lifted, axis=1)
+
+    def trained(self, degree: int | None, steps: int, **changes: Any) -> Training:
+        settings = {"learning_rate": RATE, "gains": self.equal_gains(degree), **changes}
+        return train(*self, steps=steps, degree=degree, **settings)
+
+
+def spread_matrix(rng: Any, rows: int, columns: int, spread: float) -> np.ndarray:
+    """Random singular vectors, singular values from 1 to 1/spread at equal ratios."""
+    U, s, Vt = np.linalg.svd(rng.standard_normal((rows, columns)), full_matrices=False)
+    return U * np.geomspace(1, 1 / spread, len(s)) @ Vt
+
+
+def noisy(rng: Any, teacher: np.ndarray, X: np.ndarray) -> np.ndarray:
+    """Targets outside the row space of X as well: f* > 0."""
+    return teacher @ X + 0.1 * rng.standard_normal((len(teacher), X.shape[1])) / X.shape[1] ** 0.5
+
+
+def near(rng: Any, spread: float) -> Any:
+    """Layers of :data:`WIDTHS` and a teacher whose layers are close to them."""
+    layers = [spread_matrix(rng, m, n, spread) for n, m in itertools.pairwise(WIDTHS)]
+    X = spread_matrix(rng, WIDTHS[0], 24, 1.5)
+    teacher = np.eye(WIDTHS[0])
+    for W in layers:
+        teacher = (W + 0.15 * rng.standard_normal(W.shape) / W.shape[1] ** 0.5) @ teacher
+    return layers, X, noisy(rng, teacher, X)
+
+
+def far(rng: Any, depth: int, spread: float) -> Any:
+    """Depth layers, the last two narrower, and a teacher that has nothing to do with them."""
+    widths = (6,) * (depth - 1) + (5, 4)
+    layers = [spread_matrix(rng, m, n, spread) for n, m in itertools.pairwise(widths)]
+    X = spread_matrix(rng, 6, 24, 2)
+    return layers, X, noisy(rng, spread_matrix(rng, 4, 6, 3), X)
+
+
+def gaussian(rng: Any) -> Any:
+    """Square Gaussian layers of norm about 1."""
+    layers = [rng.standard_normal((SIDE, SIDE)) / (2 * SIDE**0.5) for _ in range(LAYERS)]
+    X = spread_matrix(rng, SIDE, 36, 2)
+    return layers, X, noisy(rng, spread_matrix(rng, SIDE, SIDE, 3), X)
+
+
+def falling(rng: Any) -> Any:
+    """Two symmetric layers of one eigenbasis, a target of lower rank in it; X = 1."""
+    Q = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    jitter = np.array([1, *rng.uniform(0.9, 1.1, 3)])
+    W = Q * (jitter * RANK_START) @ Q.T
+    return [W, W], np.eye(4), Q * RANK_TARGET @ Q.T
+
+
+def name(degree: int | None) -> str:
+    return "plain" if degree is PLAIN else f"degree {degree}"
+
+
+# -- what is computed --------------------------------------------------------------------------
+
+
+def loss_rows(profile: Profile) -> Iterator[dict[str, Any]]:
+    """f − f* over training, a bound that holds for every seed, and the exact last slope."""
+    seeds, steps = profile.pick(quick=4, full=16), 1200
+    arms = [("plain", PLAIN, 2.0), ("degree 9", 9, 2.0), ("degree 9, orthogonal", 9, 1.0)]
+    for arm, degree, spread in arms:
+        start = Start.of(seeds, lambda rng, spread=spread: near(rng, spread))
+        found = start.trained(degree, steps)
+        shared = {"panel": "loss", "arm": arm, "degree": degree, "seeds": seeds}
+        relative = found.excess / found.excess[:, :1]
+        places = np.arange(0, steps + 1, 20)
+        yield from over_time(
+            shared | {"observable": "excess"}, places, relative[:, places], log=True
+        )
+        lowest = [spectrum[..., -1].min(axis=1) for spectrum in found.spectra]
+        for layer, values in enumerate(lowest, start=1):
+            yield measured(shared | {"observable": "least_singular_value", "layer": layer}, values)
+        factors = [factor(found, start, seed) for seed in range(seeds)]
+        slope = {**shared, "source": "theory", "observable": "asymptotic_factor"}
+        yield slope | summary(np.array(factors), log=True)
+        tail = relative[:, -1:] * np.array(factors)[:, None] ** (2 * (places - steps))
+        yield from over_time(
+            shared | {"observable": "tail"}, places, tail, log=True, source="theory"
+        )
+        highest = np.max([spectrum[..., 0].max(axis=1) for spectrum in found.spectra], axis=0)
+        bounds = [
+            envelope(
+                found.excess[seed, 0], lowest=[values[seed] for values in lowest],
+                highest=highest[seed], widths=WIDTHS, inputs=start.inputs[seed],
+                learning_rate=RATE, steps=steps,
+            )
+            for seed in range(seeds)
+        ]  # fmt: skip
+        relative_bounds = np.array(bounds) / found.excess[:, :1]
+        yield from over_time(
+            shared | {"observable": "envelope"}, places, relative_bounds[:, places], log=True,
+            source="theory",
+        )  # fmt: skip
+        # largest over all steps: a bound if never above 1
+        worst = (found.excess / np.array(bounds)).max(axis=1)
+        yield measured(shared | {"observable": "share_of_envelope"}, worst)
+
+
+def factor(found: Training, start: Start, seed: int, **named: Any) -> float:
+    return asymptotic_factor(found.final(seed), start.inputs[seed], RATE, **named)
+
+
+def rate_rows(profile: Profile) -> Iterator[dict[str, Any]]:
+    """Rates at the end against measured ones, over depths and starts, and wrong rates."""
+    seeds, steps, every = profile.pick(quick=4, full=16), profile.pick(quick=6000, full=20000), 20
+    problems = profile.pick(
+        quick=[(2, 4.0, PLAIN), (3, 4.0, PLAIN), (3, 4.0, 9), (3, 10.0, 9)],
+        full=list(itertools.product(DEPTHS, SPREADS, (PLAIN, 5, 9))),
+    )
+    for depth, spread, degree in problems:
+        start = Start.of(seeds, lambda rng, depth=depth, spread=spread: far(rng, depth, spread))
+        found = start.trained(degree, steps, every=every)
+        shared = {"panel": "rates", "arm": name(degree), "degree": degree, "depth": depth}
+        shared |= {"spread": spread}
+        kept, values = [], []
+        for seed in range(seeds):
+            slope = last_slope(found.excess[seed], every)
+            if slope is not None:
+                kept.append(seed)
+                values.append(slope)
+        yield {**shared, "source": "simulation", "observable": "runs_fitted", "value": len(kept),
+               "seeds": seeds}  # fmt: skip
+        if len(kept) < 3:
+            continue
+        shared["seeds"] = len(kept)
+        slopes = np.array(values)
+        yield measured(shared | {"observable": "rate"}, slopes, log=True)
+        predicted = [predictions(found, start, seed, degree) for seed in kept]
+        for kind in predicted[0]:
+            theory = np.array([one[kind] for one in predicted])
+            row = {**shared, "kind": kind}
+            yield {**row, "source": "theory", "observable": "rate"} | summary(theory, log=True)
+            yield measured({**row, "observable": "rate_ratio"}, slopes / theory)
+
+
+def predictions(found: Training, start: Start, seed: int, degree: int | None) -> dict[str, float]:
+    """Decay of the residual per step: exact, two bounds (plain layers), two wrong ones."""
+    layers, X = found.final(seed), start.inputs[seed]
+    U, s, _ = np.linalg.svd(X, full_matrices=False)
+    result = {"exact": -math.log(factor(found, start, seed))}
+    if degree is PLAIN:
+        constants = rates(layers, X)
+        for kind in ("layerwise", "product"):
+            mu = getattr(constants, kind)
+            result[kind] = -math.log1p(-RATE * mu * (2 - RATE * constants.largest)) / 2
+    result["without layers"] = -math.log(1 - RATE * s[-1] ** 2)
+    white = U * s[0]
+    result["white inputs"] = -math.log(asymptotic_factor(layers, white, RATE))
+    return result
+
+
+def last_slope(excess: np.ndarray, every: int) -> float | None:
+    """Decay of the residual per step in its last decades above rounding; None if not reached."""
+    residual = np.sqrt(excess / excess[0])
+    late = np.flatnonzero((residual < 1e-8) & (residual > 1e-12))
+    if len(late) < 5 or residual[-1] > 1e-10:
+        return None
+    return float(np.log(residual[late[0]] / residual[late[-1]]) / (every * (late[-1] - late[0])))
+
+
+def spectrum_rows(profile: Profile) -> Iterator[dict[str, Any]]:
+    """Singular values of the middle layer over training, all arms at equal ‖W_eff‖_F."""
+    seeds, steps, every = profile.pick(quick=4, full=16), 4000, 10
+    start = Start.of(seeds, gaussian)
+    for degree in (PLAIN, 1, 5, 9):
+        found = start.trained(degree, steps, every=every)
+        shared = {"panel": "spectrum", "arm": name(degree), "degree": degree, "seeds": seeds}
+        spectrum = found.spectra[MIDDLE]
+        places = np.unique(np.r_[0, np.geomspace(1, steps / every, 24).astype(int)])
+        for label, index in (("largest", 0), ("smallest", -1)):
+            yield from over_time(
+                shared | {"observable": label}, places, spectrum[:, places, index], log=True,
+                spacing=every,
+            )  # fmt: skip
+        relative = found.excess / found.excess[:, :1]
+        yield from over_time(
+            shared | {"observable": "excess"}, places, relative[:, places], log=True, spacing=every
+        )
+        for place in (0, 10, steps // every):  # start, middle, end
+            for index in range(SIDE):
+                row = {**shared, "observable": "singular_value", "step": every * place}
+                yield measured({**row, "index": index + 1}, spectrum[:, place, index], log=True)
+            conditions = found.conditions[:, place]
+            row = {**shared, "observable": "gmcn", "step": every * place}
+            yield measured(row, conditions, log=True)
+
+
+def speed_rows(profile: Profile) -> Iterator[dict[str, Any]]:
+    """Steps until f − f* has fallen to a share, each arm at its best learning rate."""
+    seeds, steps, every = profile.pick(quick=4, full=16), 2000, 5
+    start = Start.of(seeds, gaussian)
+    lifted = 1 / start.equal_gains(9)
+    scaled = start._replace(
+        layers=[W * lifted[:, i, None, None] for i, W in enumerate(start.layers)]
+    )
+    arms = {
+        "plain": (start, PLAIN, {}),
+        "degree 1": (start, 1, {}),
+        "degree 5": (start, 5, {}),
+        "degree 9": (start, 9, {}),
+        "plain, enlarged": (scaled, PLAIN, {}),
+        "degree 9, gain 1": (start, 9, {"gains": 1.0}),
+    }
+    goal = FITTED * start.trained(PLAIN, 1).excess[:, :1]  # one for all arms
+    reference = None
+    for arm, (begin, degree, changes) in arms.items():
+        best: tuple[float, np.ndarray] | None = None
+        for rate in LEARNING_RATES:
+            found = begin.trained(degree, steps, every=every, learning_rate=rate, **changes)
+            reached = found.excess <= goal
+            count = np.where(reached.any(axis=1), every * reached.argmax(axis=1), np.inf)
+            if best is None or np.log(count).mean() < np.log(best[1]).mean():
+                best = rate, count
+        assert best is not None
+        rate, count = best
+        shared = {"panel": "speed", "arm": arm, "degree": degree, "learning_rate": rate}
+        shared |= {"seeds": seeds}
+        fitted = int(np.isfinite(count).sum())
+        yield {**shared, "source": "simulation", "observable": "runs_fitted", "value": fitted}
+        if fitted < seeds:
+            continue
+        yield measured(shared | {"observable": "steps_to_fit"}, count, log=True)
+        reference = count if reference is None else reference
+        if degree is not PLAIN or begin is not start:
+            yield measured(shared | {"observable": "steps_ratio"}, count / reference, log=True)
+
+
+def rank_rows(profile: Profile) -> Iterator[dict[str, Any]]:
+    """A target of lower rank: the smallest singular value of both layers falls as 1/√t."""
+    seeds, steps, every = profile.pick(quick=4, full=16), 20000, 20
+    start = Start.of(seeds, falling)
+    for degree in (PLAIN, 1, 3, 9):
+        found = start.trained(degree, steps, every=every)
+        shared = {"panel": "rank", "arm": name(degree), "degree": degree, "seeds": seeds}
+        places = np.unique(np.geomspace(1, steps / every, 16).astype(int))
+        smallest = found.spectra[0][:, places, -1]
+        yield from over_time(
+            shared | {"observable": "smallest"}, places, smallest, log=True, spacing=every
+        )
+        slope = 1.0 if degree is PLAIN else PRECONDITIONING[degree][0]
+        finals = [found.final(seed)[0] for seed in range(seeds)]
+        gains = np.array([1.0 if degree is PLAIN else float(layer.gain) for layer in finals])
+        growth = 2 * RATE * (slope * gains) ** 2  # of 1/σ² per step
+        begun = found.spectra[0][:, :1, -1] ** -2.0
+        law = (begun + growth[:, None] * every * places) ** -0.5
+        yield from over_time(
+            shared | {"observable": "smallest"}, places, law, log=True, spacing=every,
+            source="theory",
+        )  # fmt: skip
+        inverse = found.spectra[0][:, :, -1] ** -2.0
+        half = len(found.steps) // 2
+        measured_growth = (inverse[:, -1] - inverse[:, half]) / (steps - every * half)
+        yield measured(shared | {"observable": "growth_ratio"}, measured_growth / growth)
+        # control: the slope of g_d left out
+        wrong = measured_growth * slope**2 / growth
+        yield measured(shared | {"observable": "growth_ratio_without_slope"}, wrong)
+        share = found.excess[:, -1] * 2 * found.spectra[0][:, -1, -1] ** -4.0
+        yield measured(shared | {"observable": "loss_of_smallest"}, share)
+
+
+def decay_rows(profile: Profile) -> Iterator[dict[str, Any]]:
+    """Decay λ‖W‖²: σ̂ of the first layer; γ held, or trained to stand against it."""
+    seeds, steps, every = profile.pick(quick=4, full=16), 4000, 20
+    start = Start.of(seeds, lambda rng: far(rng, 3, 4.0))
+    shrink = 1 - 2 * RATE * DECAY
+    for arm, degree, changes in [
+        ("plain", PLAIN, {}),
+        ("degree 9", 9, {"train_gain": False}),
+        ("degree 9, γ trained", 9, {}),
+    ]:
+        found = start.trained(degree, steps, every=every, decay=DECAY, **changes)
+        shared = {"panel": "decay", "arm": arm, "degree": degree, "seeds": seeds}
+        scales = found.scales[:, :, 0] / found.scales[:, :1, 0]
+        places = np.arange(0, steps // every + 1, 10)
+        finite = np.isfinite(found.excess[:, places])
+        runs = int(finite[:, -1].sum())
+        yield {**shared, "source": "simulation", "observable": "runs_finite", "value": runs}
+        whole = places[finite.all(axis=0)]
+        yield from over_time(
+            shared | {"observable": "scale"}, whole, np.abs(scales[:, whole]), log=True,
+            spacing=every,
+        )  # fmt: skip
+        if runs == seeds:
+            half = len(found.steps) // 2
+            last = np.log(scales[:, -1] / scales[:, half]) / (steps - every * half)
+            yield measured(shared | {"observable": "decay_ratio"}, last / math.log(shrink))
+    yield from (
+        {"panel": "decay", "arm": "predicted", "source": "theory", "observable": "scale",
+         "step": every * place, "value": shrink ** (every * place), "error": 0.0}
+        for place in places
+    )  # fmt: skip
+
+
+def over_time(
+    shared: dict[str, Any],
+    places: np.ndarray,
+    values: np.ndarray,
+    *,
+    log: bool = False,
+    spacing: int = 1,
+    source: str = "simulation",
+) -> Iterator[dict[str, Any]]:
+    for place, column in zip(places, values.T, strict=True):
+        yield {**shared, "source": source, "step": spacing * int(place)} | summary(column, log=log)
+
+
+def measured(shared: dict[str, Any], values: np.ndarray, log: bool = False) -> dict[str, Any]:
+    return {**shared, "source": "simulation"} | summary(values, log=log)
+
+
+def summary(values: np.ndarray, log: bool = False) -> dict[str, Any]:
+    """Mean and standard error over seeds; of the logarithm where values span decades."""
+    if log:
+        estimate = Estimate.of(np.log(values))
+        mean = math.exp(estimate.mean)
+        return {"value": mean, "error": mean * estimate.error, "largest": values.max()}
+    estimate = Estimate.of(values)
+    return {"value": estimate.mean, "error": estimate.error, "largest": values.max()}
+
+
+PARTS = {
+    # programs that two of them share are compiled once
+    "rates": (rate_rows,), "square": (spectrum_rows, speed_rows), "loss": (loss_rows,),
+    "rank": (rank_rows,), "decay": (decay_rows,),
+}  # fmt: skip
+
+
+def rows_of(part: str, profile: Profile) -> list[dict[str, Any]]:
+    return [row for rows in PARTS[part] for row in rows(profile)]
+
+
+def compute(profile: Profile, store: Path) -> pd.DataFrame:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parts = pool.map(rows_of, PARTS, repeat(profile))
+        return pd.DataFrame(list(chain.from_iterable(parts)))
+
+
+# -- what is drawn -----------------------------------------------------------------------------
+
+#: Colour, line style, marker.
+STYLES = {
+    "plain": ("#0072B2", "-", "o"),
+    "degree 1": ("#000000", ":", "v"),
+    "degree 3": ("#009E73", "-.", "D"),
+    "degree 5": ("#E69F00", "-.", "s"),
+    "degree 9": ("#D55E00", "--", "^"),
+    "degree 9, orthogonal": ("#CC79A7", ":", "v"),
+    "degree 9, γ trained": ("#CC79A7", ":", "v"),
+}
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.2), layout="constrained")
+    panels = (_loss, _rates, _extremes, _spectra, _rank, _decay)
+    names = ("loss", "rates", "spectrum", "spectrum", "rank", "decay")
+    for letter, panel, paint, name in zip("abcdef", axes.flat, panels, names, strict=True):
+        paint(panel, table[table["panel"] == name])
+        title = panel.get_title()
+        panel.set_title("")
+        panel.set_title(f"({letter}) {title}", loc="left")
+    return figure
+
+
+def _bars(rows: pd.DataFrame) -> np.ndarray:
+    """Errors of logarithms, as distances below and above."""
+    factor = np.exp(rows["error"] / rows["value"])
+    return np.array([rows["value"] * (1 - 1 / factor), rows["value"] * (factor - 1)])
+
+
+def _points(panel: Any, rows: pd.DataFrame, arm: str, **named: Any) -> None:
+    color, _, marker = STYLES[arm]
+    settings = {"fmt": marker, "color": color, "capsize": 1.5, "linewidth": 0.8, "markersize": 3}
+    panel.errorbar(rows["step"], rows["value"], yerr=_bars(rows), **settings | named)
+
+
+def _loss(panel: Any, part: pd.DataFrame) -> None:
+    for arm in ("plain", "degree 9", "degree 9, orthogonal"):
+        rows = part[(part["arm"] == arm) & (part["observable"] == "excess")]
+        _points(panel, rows[rows["step"] % 100 == 0], arm, label=arm)
+    plain = part[part["arm"] == "plain"]
+    bound, tail = (plain[plain["observable"] == kind] for kind in ("envelope", "tail"))
+    panel.plot(bound["step"], bound["value"], color="black", linestyle="--", label="plain: bound")
+    tail = tail[tail["step"] >= 100]
+    panel.plot(tail["step"], tail["value"], color="black", label="plain: exact slope", zorder=0)
+    panel.set_yscale("log")
+    panel.set_ylim(1e-20, 1e2)
+    panel.set(title="bounded layers", xlabel="steps $t$", ylabel=r"$(f_t-f^*)/(f_0-f^*)$")
+    panel.legend(loc="lower left", handlelength=1.8, fontsize=6)
+
+
+def _rates(panel: Any, part: pd.DataFrame) -> None:
+    keys = ["arm", "depth", "spread"]
+    rows = part[part["observable"] == "rate"]
+    slopes = rows[rows["source"] == "simulation"].set_index(keys)
+    theory = rows[rows["source"] == "theory"].set_index("kind")
+
+    def pairs(kind: str, arm: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        there = theory.loc[kind]
+        there = there[there["arm"] == arm].set_index(keys)
+        return there, slopes.loc[there.index]
+
+    for kind, marker, label in [
+        ("layerwise", "o", "bound (plain)"),
+        ("without layers", "x", "wrong: no layers"),
+        ("white inputs", "+", "wrong: white $X$"),
+    ]:
+        there, here = pairs(kind, "plain")
+        panel.plot(
+            there["value"], here["value"], marker, color="0.55", mfc="white", label=label,
+            zorder=1,
+        )  # fmt: skip
+    for arm in ("plain", "degree 5", "degree 9"):
+        there, here = pairs("exact", arm)
+        color, _, marker = STYLES[arm]
+        panel.errorbar(
+            there["value"], here["value"], xerr=_bars(there), yerr=_bars(here), fmt=marker,
+            color=color, capsize=1.5, linewidth=0.6, label=arm,
+        )  # fmt: skip
+    ends = [0.5 * slopes["value"].min(), 2 * slopes["value"].max()]
+    panel.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
+    panel.set(xscale="log", yscale="log", title="rate at the minimum")
+    panel.set(xlabel=r"predicted $-\ln\varphi$", ylabel=r"measured $-\ln\varphi$ per step")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    panel.legend(loc="lower right", handlelength=1, fontsize=6, borderpad=0)
+    panel.set_ylim(ends[0] / 5, ends[1])
+
+
+def _extremes(panel: Any, part: pd.DataFrame) -> None:
+    for arm in ("plain", "degree 1", "degree 5", "degree 9"):
+        color, style, _ = STYLES[arm]
+        for which in ("largest", "smallest"):
+            rows = part[(part["arm"] == arm) & (part["observable"] == which) & (part["step"] > 0)]
+            below, above = _bars(rows)
+            panel.fill_between(
+                rows["step"],
+                rows["value"] - below,
+                rows["value"] + above,
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+            )
+            panel.plot(
+                rows["step"], rows["value"], color=color, linestyle=style,
+                label=arm if which == "largest" else None,
+            )  # fmt: skip
+    panel.text(15, 1.15, r"$\sigma_1$", va="bottom")
+    panel.text(1200, 0.2, rf"$\sigma_{{{SIDE}}}$", va="bottom")
+    panel.set(xscale="log", yscale="log", title="one layer, equal gain")
+    panel.set(xlabel="steps $t$", ylabel=r"singular values of $W_{\rm eff}$")
+    panel.set_ylim(0.003, 2)
+    panel.legend(loc="lower right", handlelength=2.2)
+
+
+def _spectra(panel: Any, part: pd.DataFrame) -> None:
+    rows = part[part["observable"] == "singular_value"]
+    fills = ("white", "0.75", None)
+    for arm in ("plain", "degree 9"):
+        color, style, marker = STYLES[arm]
+        for step, fill in zip(sorted(rows["step"].unique()), fills, strict=True):
+            at = rows[(rows["arm"] == arm) & (rows["step"] == step)]
+            panel.errorbar(
+                at["index"], at["value"], yerr=_bars(at), marker=marker, linestyle=style,
+                color=color, mfc=fill or color, capsize=1.5, linewidth=0.8,
+                label=f"{arm}, $t={step:.0f}$",
+            )  # fmt: skip
+    panel.set(yscale="log", title="its spectrum")
+    panel.xaxis.set_major_locator(MultipleLocator(3))
+    panel.set(xlabel="index $i$", ylabel=r"$\sigma_i$ of $W_{\rm eff}$")
+    panel.legend(loc="lower left", handlelength=2.2, fontsize=6)
+
+
+def _rank(panel: Any, part: pd.DataFrame) -> None:
+    rows = part[part["observable"] == "smallest"]
+    for arm in ("plain", "degree 3", "degree 9"):
+        color, style, _ = STYLES[arm]
+        at = rows[rows["arm"] == arm]
+        theory = at[at["source"] == "theory"]
+        panel.plot(theory["step"], theory["value"], color=color, linestyle=style)
+        _points(panel, at[at["source"] == "simulation"], arm, label=arm, mfc="white")
+    panel.set(xscale="log", yscale="log", title="target of lower rank")
+    panel.set(xlabel="steps $t$", ylabel=r"$\sigma_{\min}$ of $W_{\rm eff}$")
+    panel.legend(loc="lower left", title="lines: theory", title_fontsize=7)
+
+
+def _decay(panel: Any, part: pd.DataFrame) -> None:
+    rows = part[part["observable"] == "scale"]
+    theory = rows[rows["source"] == "theory"]
+    label = r"$(1-2\eta\lambda)^t$"
+    panel.plot(theory["step"], theory["value"], color="black", linestyle="--", label=label)
+    words = {"plain": "plain", "degree 9": r"degree 9, $\gamma=1$"}
+    words["degree 9, γ trained"] = r"degree 9, $\gamma$ trained"
+    for arm, word in words.items():
+        _points(panel, rows[rows["arm"] == arm], arm, label=word, mfc="white")
+    panel.set(yscale="log", title="weight decay")
+    panel.set(xlabel="steps $t$", ylabel=r"$\hat\sigma_t/\hat\sigma_0$, first layer")
+    panel.legend(loc="lower left")
+
+
+def caption(table: pd.DataFrame) -> str:
+    return "TODO"
+
+
+EXPERIMENT = Experiment("deep_linear", compute, draw, caption)
