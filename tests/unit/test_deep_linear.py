@@ -341,6 +341,54 @@ def test_a_run_that_diverges_says_so():
     assert not np.any(np.isnan(found.excess))
 
 
+def test_orthogonal_layers_learn_rotations_and_hardly_singular_values():
+    """K at W = 1: 1 for rotations, g′(1) of the polynomial for the rest; bounded, yet at rest."""
+    slopes = {3: -0.014, 5: -0.046, 7: 0.096, 9: -0.12}
+    for degree, slope in slopes.items():
+        with jax.enable_x64(True):
+            layer = precondition(jnp.eye(3), degree=degree)
+        eigenvalues = np.sort(np.linalg.eigvals(tangent_kernel([layer], np.eye(3))).real)
+        assert_allclose(eigenvalues[:5], slope**2, rtol=0.1)  # symmetric changes of trace 0
+        assert_allclose(eigenvalues[5:8], 1, atol=1e-5)  # rotations
+        assert eigenvalues[8] > 2  # γ
+    layers, Y = [np.eye(3), np.eye(3)], np.diag([1.2, 0.8, 0.5])
+    runs = {
+        degree: train(layers, np.eye(3), Y, learning_rate=0.1, steps=300, degree=degree)
+        for degree in (None, 9)
+    }
+    share = {degree: run.excess[0, -1] / run.excess[0, 0] for degree, run in runs.items()}
+    assert share[None] < 1e-10
+    assert share[9] > 0.1
+    assert min(spectrum.min() for spectrum in runs[9].spectra) > 0.7
+    assert asymptotic_factor(runs[9].final(0), np.eye(3), 0.1) > 0.99
+
+
+def test_the_stop_gradient_can_make_every_step_go_up():
+    """One layer, γ held, g′(z)(1 + z²) < z g(z): the loss rises by the factor of K, however small
+    the step; γ trained makes it fall.
+    """
+    with jax.enable_x64(True):
+        layer = precondition(jnp.diag(jnp.array([1.0, 0.7])), degree=5, rounds=1000)
+        acting = np.asarray(layer.merge())
+    c = np.array([2.083, -1.643, 0.560])
+    g = c @ 0.7 ** np.array([1, 3, 5])
+    slope = c @ (np.array([1, 3, 5]) * 0.7 ** np.array([0, 2, 4]))
+    expected = slope**2 * (1 + 0.7**2) - slope * 0.7 * g
+    values, vectors = np.linalg.eig(tangent_kernel([layer], np.eye(2), train_gain=False))
+    lowest = np.argmin(values.real)
+    assert values[lowest] == pytest.approx(expected, rel=1e-5)
+    assert expected < -0.05
+    Y = acting + 1e-5 * vectors[:, lowest].real.reshape(2, 2)
+    weights = [np.diag([1.0, 0.7])]
+    for rate, steps in ((0.1, 100), (0.01, 1000)):
+        held = train(weights, np.eye(2), Y, learning_rate=rate, steps=steps, degree=5,
+                     every=steps, rounds=100, train_gain=False)  # fmt: skip
+        growth = np.sqrt(held.excess[0, 1] / held.excess[0, 0])
+        assert growth == pytest.approx((1 - rate * expected) ** steps, rel=0.01)
+    trained = train(weights, np.eye(2), Y, learning_rate=0.1, steps=100, degree=5, every=100)
+    assert trained.excess[0, 1] < trained.excess[0, 0]
+
+
 def test_decay_leaves_preconditioned_layers_nothing_but_zero():
     """The gradient is orthogonal to W, so ‖W‖ falls by 1 − 2ηλ a step once the rest is at rest."""
     layers, X, Y = start((4, 4, 3), 7, 3.0)
