@@ -63,9 +63,12 @@ def test_measured_rates_are_the_exact_ones(table):
     assert len(ratios) >= 24
     assert set(ratios["arm"]) == {"plain", "degree 5", "degree 9"}
     assert (ratios["value"] - 1).abs().max() < 0.01
-    # late enough the second eigenvalue is gone; what is left of it only adds
-    distance = (ratios["value"] - 1).abs() / (ratios["error"] + 1e-5)
-    assert distance.max() < APART
+    assert ((ratios["value"] - 1).abs() / (ratios["error"] + 1e-5)).max() < APART
+    # where the second rate is far enough from the first, every single run
+    alone = chosen(table, "rates", "rate_ratio_resolved")
+    assert alone["seeds"].sum() > 150
+    assert alone["highest"].max() < 1.0002
+    assert alone["lowest"].min() > 0.9998
 
 
 def test_wrong_rates_are_rejected_and_bounds_are_bounds(table):
@@ -108,7 +111,7 @@ def test_at_equal_gain_the_polynomials_lift_early_and_not_at_the_end(table):
         assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     for arm in ("degree 5", "degree 9"):
         for other in ("plain", "degree 1"):
-            (high, error), (low, spread) = smallest(arm, 90), smallest(other, 90)
+            (high, error), (low, spread) = smallest(arm, 100), smallest(other, 100)
             assert high - low > APART * np.hypot(error, spread)
     # the target decides in the end: no lower condition than that of degree 1
     (last, error), (control, spread) = (
@@ -168,7 +171,7 @@ def test_on_a_target_of_lower_rank_singular_values_fall_by_the_slope(table):
 def test_decay_shrinks_preconditioned_layers_by_its_factor_and_plain_ones_not(table):
     lifted = one(table, "decay", "decay_ratio", arm="degree 9")
     plain = one(table, "decay", "decay_ratio", arm="plain")
-    assert abs(lifted["value"] - 1) < APART * lifted["error"] + 1e-4
+    assert lifted["value"] == pytest.approx(1, abs=5e-5)  # W still turns a little
     assert abs(plain["value"]) < 1e-3  # control: the same test on plain layers
     trained = one(table, "decay", "runs_finite", arm="degree 9, γ trained")
     assert trained["value"] < trained["seeds"]
