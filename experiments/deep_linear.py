@@ -595,7 +595,7 @@ def _decay(panel: Any, part: pd.DataFrame) -> None:
     theory = rows[rows["source"] == "theory"]
     label = r"$(1-2\eta\lambda)^t$"
     panel.plot(theory["step"], theory["value"], color="black", linestyle="--", label=label)
-    words = {"plain": "plain", "degree 9": r"degree 9, $\gamma=1$"}
+    words = {"plain": "plain", "degree 9": r"degree 9, $\gamma$ held"}
     words["degree 9, γ trained"] = r"degree 9, $\gamma$ trained"
     for arm, word in words.items():
         _points(panel, rows[rows["arm"] == arm], arm, label=word, mfc="white")

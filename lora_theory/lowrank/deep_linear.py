@@ -91,7 +91,7 @@ def minimum_loss(inputs: Any, targets: Any) -> float:
         >>> minimum_loss([[1.0, 0.0]], [[3.0, 2.0]])
         2.0
     """
-    X, Y = checked_data(inputs, targets)
+    X, Y = _checked_data(inputs, targets)
     return float(_reduced(X, Y)[2])
 
 
@@ -119,7 +119,8 @@ def tangent_kernel(
         >>> tangent_kernel([[[2.0]], [[3.0]]], [[1.0]]).tolist()
         [[13.0]]
     """
-    checked = checked_layers(layers)
+    _check_flag(train_gain)
+    checked = _checked_layers(layers)
     X = _rows(_input_matrix(inputs, checked))
     with double_precision():
         exact = jax.tree.map(
@@ -159,7 +160,7 @@ def rates(layers: Sequence[Any], inputs: Any) -> Rates:
         >>> rates([[[2.0]], [[3.0]]], [[1.0]])
         Rates(product=13.0, layerwise=13.0, smallest=13.0, largest=13.0)
     """
-    matrices = checked_layers(layers)
+    matrices = _checked_layers(layers)
     for index, layer in enumerate(matrices):
         if isinstance(layer, Preconditioned):
             raise ProblemError(
@@ -202,8 +203,10 @@ def product_rate(lowest: Sequence[float], widths: Sequence[int], input_lowest: f
         >>> product_rate([0.5, 0.5], [3, 2, 2], 2.0), product_rate([0.5, 0.5], [2, 2, 2], 2.0)
         (1.0, 2.0)
     """
-    bounds = [checked_number(f"lowest[{i}]", value) for i, value in enumerate(lowest)]
-    sizes = [checked_integer(f"widths[{i}]", value, 1) for i, value in enumerate(widths)]
+    bounds = [checked_number(f"lowest[{i}]", b) for i, b in enumerate(_entries("lowest", lowest))]
+    sizes = [
+        checked_integer(f"widths[{i}]", n, 1) for i, n in enumerate(_entries("widths", widths))
+    ]
     scale = checked_number("input_lowest", input_lowest)
     if len(sizes) != len(bounds) + 1 or not bounds:
         raise ProblemError(
@@ -322,6 +325,7 @@ def train(
     """
     if degree is not None:
         preconditioning_polynomial(degree)
+    _check_flag(train_gain)
     rate = checked_number("learning_rate", learning_rate, positive=True)
     penalty = checked_number("decay", decay)
     spacing, turns = checked_integer("every", every, 1), checked_integer("rounds", rounds, 1)
@@ -330,14 +334,15 @@ def train(
         raise ProblemError(
             f"steps = {count} is not allowed: it must be a multiple of every = {spacing}"
         )
-    weights = [_stack(f"layers[{i}]", layer) for i, layer in enumerate(layers)]
+    weights = [_stack(f"layers[{i}]", one) for i, one in enumerate(_entries("layers", layers))]
     X, Y = _stack("inputs", inputs), _stack("targets", targets)
     seeds = max((len(array) for array in (*weights, X, Y)), default=1)
-    for name, array in [*((f"layers[{i}]", W) for i, W in enumerate(weights)), ("inputs", X)]:
+    named = [*((f"layers[{i}]", W) for i, W in enumerate(weights)), ("inputs", X), ("targets", Y)]
+    for name, array in named:
         if len(array) not in (1, seeds):
             raise ProblemError(f"{name} has {len(array)} seeds: it must have 1 or {seeds}")
-    checked_layers([W[0] for W in weights])
-    checked_data(X[0], Y[0])
+    _checked_layers([W[0] for W in weights])
+    _checked_data(X[0], Y[0])
     _input_matrix(X[0], [W[0] for W in weights])
     if Y.shape[1] != weights[-1].shape[1]:
         raise ProblemError(
@@ -357,7 +362,7 @@ def train(
             [jnp.asarray(W) for W in stacks], jnp.asarray(gamma),
             jnp.asarray([X for X, _, _ in data]), jnp.asarray([Y for _, Y, _ in data]),
             jnp.asarray(rate), jnp.asarray(penalty), jnp.asarray(spacing),
-            degree, bool(train_gain), count // spacing, turns,
+            degree, train_gain, count // spacing, turns,
         )  # fmt: skip
     final, excess, spectra, scales = found
     excess = np.asarray(excess)
@@ -374,13 +379,14 @@ def train(
 # -- what is given -----------------------------------------------------------------------------
 
 
-def checked_layers(layers: Sequence[Any]) -> list[Any]:
+def _checked_layers(layers: Sequence[Any]) -> list[Any]:
     """Finite matrices, or preconditioned ones, each of which fits the one before."""
-    if not layers:
+    given = _entries("layers", layers)
+    if not given:
         raise ProblemError("layers is empty: it must hold at least one matrix")
     checked = [
         layer if isinstance(layer, Preconditioned) else checked_matrix(f"layers[{i}]", layer)
-        for i, layer in enumerate(layers)
+        for i, layer in enumerate(given)
     ]
     for index, (first, second) in enumerate(itertools.pairwise(map(_shape, checked))):
         if second[1] != first[0]:
@@ -391,7 +397,7 @@ def checked_layers(layers: Sequence[Any]) -> list[Any]:
     return checked
 
 
-def checked_data(inputs: Any, targets: Any) -> tuple[Matrix, Matrix]:
+def _checked_data(inputs: Any, targets: Any) -> tuple[Matrix, Matrix]:
     """X and Y with as many columns."""
     X, Y = checked_matrix("inputs", inputs), checked_matrix("targets", targets)
     if X.shape[1] != Y.shape[1]:
@@ -399,6 +405,18 @@ def checked_data(inputs: Any, targets: Any) -> tuple[Matrix, Matrix]:
             f"targets has {Y.shape[1]} columns: it must have {X.shape[1]}, as many as inputs"
         )
     return X, Y
+
+
+def _entries(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise ProblemError(f"{name} = {values!r} is not allowed: it must be a sequence") from None
+
+
+def _check_flag(train_gain: Any) -> None:
+    if not isinstance(train_gain, bool):
+        raise ProblemError(f"train_gain = {train_gain!r} is not allowed: it must be True or False")
 
 
 def _input_matrix(inputs: Any, layers: list[Any]) -> Matrix:

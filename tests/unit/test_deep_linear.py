@@ -420,6 +420,11 @@ BOUND = {
     ("words", "call"),
     [
         ("layers is empty", lambda: rates([], X)),
+        ("layers = 3", lambda: rates(3, X)),
+        ("layers[0] of shape (2,)", lambda: rates(W, X)),
+        ("layers is empty", lambda: train([], X, Y, **RUN)),
+        ("lowest = 1.0", lambda: envelope(1.0, **BOUND | {"lowest": 1.0})),
+        ("train_gain = 1", lambda: train([W], X, Y, **RUN, train_gain=1)),
         ("layers[1] of shape (2, 3)", lambda: rates([W, np.ones((2, 3))], X)),
         ("layers[0] is preconditioned", lambda: rates([precondition(jnp.eye(2))], X)),
         ("inputs has 3 rows", lambda: tangent_kernel([W], np.ones((3, 3)))),
