@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-import deep_linear as figure
+import deep_linear_rows as figure
 import numpy as np
 import pandas as pd
 import pytest
