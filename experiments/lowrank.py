@@ -256,8 +256,8 @@ def caption(table: pd.DataFrame) -> str:
         "reaches LoRA (left: against the rank that is frozen), and E' against that noise (middle: "
         "fresh sequences, right: re-used ones). T = 2, κ₀ = Δ = ½, α = 0.4, λ' = 0.2, α' = 3 "
         "(linear), 5 (softmax). Lines: theory along the strength of each method; points with "
-        f"standard errors: simulation, D = {dim}, {seeds} seeds (E' of linear attention without its measured cross "
-        "term). Pale bands: unstable against replica symmetry breaking, always so for low-rank "
+        f"standard errors: simulation, D = {dim}, {seeds} seeds (E' of linear attention without "
+        "its measured cross term). Pale bands: unstable against replica symmetry breaking, always so for low-rank "
         "decay. Tokens have covariance 1: SVD, SVD-LLM, OBD and AA-SVD are one truncation.",
         "",
         "| attention | method | least noise | its rank | E' there | noise at rank "

@@ -13,6 +13,7 @@ from pathlib import Path
 import collapse
 import contraction
 import decay
+import deep_linear
 import figure1
 import figure2
 import figure3
@@ -47,6 +48,7 @@ EXPERIMENTS = {
         spectra,
         phases,
         contraction,
+        deep_linear,
         published,
     )
 }
