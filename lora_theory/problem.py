@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_theory.field_specs import FieldSpec, ProblemError, refuse_misplaced, spec, validate
-from lora_theory.parts import Finetuning, Pretraining, Selection, Teacher
+from lora_theory.parts import Covariance, Finetuning, Pretraining, Selection, Teacher
 from lora_theory.selection import check_score, score_name
 
 __all__ = [
-    "FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Selection", "Teacher",
-    "assign", "read_toml",
+    "Covariance", "FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Selection",
+    "Teacher", "assign", "read_toml",
 ]  # fmt: skip
 
 
@@ -64,6 +64,7 @@ class Problem:
         "τ", "factor of the student's pre-activations, σ(τ·)", "> 0", default=1.0
     )
     teacher: Teacher = Teacher()
+    covariance: Covariance | None = None
     pretraining: Pretraining
     finetuning: Finetuning | None = None
 
@@ -83,8 +84,30 @@ class Problem:
         refuse_misplaced(self, "", "teacher_rank", "teacher.law", law, "wishart")
         refuse_misplaced(*teacher, "exponent", "teacher.law", law, "power_law")
         refuse_misplaced(*teacher, "eigenvalues", "teacher.law", law, "eigenvalues")
+        if not isinstance(self.covariance, Covariance | None):
+            raise ProblemError(f"covariance = {self.covariance!r} must be a Covariance or None")
+        if self.covariance is not None:
+            self._check_covariance(self.covariance)
         if self.finetuning is not None and self.finetuning.selection is not None:
             check_score(self.finetuning.selection, self.tokens)
+
+    def _check_covariance(self, covariance: Covariance) -> None:
+        """Refuse what a covariance of the tokens is not understood with."""
+        stage = self.finetuning
+        wrong = {
+            "teacher.law": (self.teacher.law, "wishart"),
+            "teacher.spikes": (self.teacher.spikes, None),
+            "pretraining.regularizer": (self.pretraining.regularizer, "weight_decay"),
+            "finetuning.selection": (stage.selection if stage else None, None),
+        }
+        if covariance.shifts and stage:
+            wrong["finetuning.sequences"] = (stage.sequences, "fresh")
+        for name, (value, wanted) in wrong.items():
+            if value != wanted:
+                which = "covariance.shifted" if name == "finetuning.sequences" else "covariance"
+                raise ProblemError(
+                    f"{name} = {value!r} is not allowed with {which}: it must be {wanted!r}"
+                )
 
     # -- the one definition of the fields ------------------------------------------------------
 
@@ -167,7 +190,7 @@ class Problem:
 
 #: The groups of fields.
 _PARTS: dict[str, type] = {
-    "teacher": Teacher, "pretraining": Pretraining, "finetuning": Finetuning,
+    "teacher": Teacher, "covariance": Covariance, "pretraining": Pretraining, "finetuning": Finetuning,
     "finetuning.selection": Selection,
 }  # fmt: skip
 

@@ -93,7 +93,7 @@ def predict(
         True
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
-    check_predictable(problem)
+    check_predictable(problem, covariance=True)
     with double_precision():
         root = solve_pretraining(problem.replace(finetuning=None), discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
@@ -231,9 +231,9 @@ def _check_noise(noise: EffectiveNoise) -> None:
         )
 
 
-def check_predictable(problem: Problem) -> None:
+def check_predictable(problem: Problem, *, covariance: bool = False) -> None:
     """Refuse what is no problem, or one with too many tokens."""
-    check_problem(problem)
+    check_problem(problem, covariance=covariance)
     check_tokens(problem.tokens)
 
 

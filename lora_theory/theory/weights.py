@@ -17,6 +17,12 @@ from jaxtyping import Array, Float
 from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law, law_of
 from lora_theory.problem import Problem
+from lora_theory.theory.correlated import (
+    CorrelatedTokens,
+    CorrelatedWishart,
+    correlated_tail,
+    correlated_weights,
+)
 from lora_theory.theory.regularizers import (
     Frobenius,
     NarrowFactor,
@@ -53,16 +59,22 @@ class Constants(NamedTuple):
 
     samples: float  # α
     label_variance: float  # Q0 + Δ/2, variance of z^y
-    law: Law  # of S0 …
+    law: Law | CorrelatedWishart  # of S0 …
     teacher_scale: float  # … which is multiplied by τ0
-    regularizer: Regularizer | Separable
+    regularizer: Regularizer | Separable | CorrelatedTokens
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
         """The constants of ``problem``."""
-        stage, units, law = problem.pretraining, Units.of(problem), law_of(problem)
-        kind: Regularizer | Separable
-        if stage.regularizer == "weight_decay":
+        stage, units = problem.pretraining, Units.of(problem)
+        law: Law | CorrelatedWishart = law_of(problem)
+        kind: Regularizer | Separable | CorrelatedTokens
+        if problem.covariance is not None:
+            assert problem.teacher_rank is not None
+            penalty = math.sqrt(stage.rank) * stage.penalty / units.student
+            law = CorrelatedWishart(problem.teacher_rank, problem.covariance.eigenvalues)
+            kind = CorrelatedTokens(penalty, *law)
+        elif stage.regularizer == "weight_decay":
             kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
             if stage.rank < 1:
                 kind = NarrowFactor(kind, stage.rank)
@@ -90,7 +102,9 @@ def weight_potential(
     constants: Constants,
 ) -> Float[Array, ""]:
     """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
-    assert not isinstance(constants.regularizer, Separable)  # which is not traced: weights_at
+    # the others are not traced: weights_at
+    assert not isinstance(constants.regularizer, Separable | CorrelatedTokens)
+    assert not isinstance(constants.law, CorrelatedWishart)
     scale, law = constants.teacher_scale, constants.law
     return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
 
@@ -134,7 +148,11 @@ def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weigh
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
     at, kind = jnp.asarray(unknowns), constants.regularizer
     if isinstance(kind, Separable):
+        assert not isinstance(constants.law, CorrelatedWishart)
         found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
+        return Weights(at, *map(jnp.asarray, found))
+    if isinstance(kind, CorrelatedTokens):
+        found = correlated_weights(unknowns, constants.teacher_scale, kind)
         return Weights(at, *map(jnp.asarray, found))
     solved: Weights = _weights_at(at, constants)
     return solved
@@ -158,7 +176,8 @@ class LastWeights:
 @quickly_compiled()
 def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
     kind = constants.regularizer
-    assert not isinstance(kind, Separable)
+    assert not isinstance(kind, Separable | CorrelatedTokens)
+    assert not isinstance(constants.law, CorrelatedWishart)
     Q_hat, M_hat, _ = jnp.exp(unknowns)
     at = Q_hat, constants.teacher_scale * M_hat, constants.law
     return kind.learned_rank(*at), *kind.dead_zone(*at)
@@ -177,8 +196,12 @@ def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
     """What is kept at log(Q̂, M̂, V̂)."""
     kind = constants.regularizer
     if isinstance(kind, Separable):
+        assert not isinstance(constants.law, CorrelatedWishart)
         nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
         return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
+    if isinstance(kind, CorrelatedTokens):  # y of Y', which contains the penalty
+        share = correlated_tail(unknowns, constants.teacher_scale, kind).share
+        return Kept(share, (-math.inf, 0.0), (0.0,), False)
     rank, low, high = map(float, _kept_at(jnp.asarray(unknowns), constants))
     corners = tuple(y for y in (low, high) if math.isfinite(y) and low < high)
     cut = isinstance(kind, NarrowFactor) and high > 2 * float(kind.decay.scaled_penalty)
