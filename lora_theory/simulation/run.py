@@ -75,7 +75,11 @@ def pretrained_weights(
     form, function = problem.pretraining.regularizer, problem.pretraining.function
     starts = [run.start for run in data]
     pretrained = descend(tasks, starts, problem, effort, form, function)
-    return data, pretrained, [student(minimum.weights, form) for minimum in pretrained]
+    trained = [
+        minimum.weights if run.scale is None else minimum.weights / run.scale
+        for run, minimum in zip(data, pretrained, strict=True)
+    ]
+    return data, pretrained, [student(weights, form) for weights in trained]
 
 
 def measured(
@@ -162,8 +166,8 @@ def _finetuned(
     vectors = [run.task_vector for run in data]
     starts = [vectors] + [
         [
-            random_start(key, index, vector, finetuning.signal)
-            for key, vector in zip(keys, vectors, strict=True)
+            random_start(key, index, run.task_vector, finetuning.signal, run.scale)
+            for key, run in zip(keys, data, strict=True)
         ]
         for index in range(effort.starts)
     ]
