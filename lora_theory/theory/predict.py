@@ -355,7 +355,10 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
         values = np.array([weights_at(x, constants).values[:3] for x in root.block_unknowns]).T
     Q, M, V = values
     noise_variance = Units.of(problem).teacher ** 2 * problem.label_noise / 2
-    return FrozenWeights(Q, M, V, constants.label_variance, problem.rescaling, noise_variance)
+    levels = np.array(problem.covariance.later) if problem.covariance else None
+    return FrozenWeights(
+        Q, M, V, constants.label_variance, problem.rescaling, noise_variance, token_levels=levels
+    )
 
 
 def effective_noise(
