@@ -97,7 +97,7 @@ def second_data_set(tokens: int, alpha: float, dim: int, index: int) -> dict[str
         minimum = minimise(task, start, TOLERANCE, 20_000, activation="softmax")
         no_task = np.zeros((dim, 1))
         error = sampled_errors(
-            key, TEST_SEQUENCES, question, minimum.weights, teacher, no_task, []
+            key, TEST_SEQUENCES, question, minimum.weights, minimum.weights, teacher, no_task, []
         )[0]
     labels = {"tokens": tokens, "alpha": alpha, "dim": dim, "seed_index": index, "data_set": 1}
     return (

@@ -3,6 +3,7 @@
 from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
 from lora_theory.problem import (
+    Compression,
     Finetuning,
     Pretraining,
     Problem,
@@ -44,6 +45,7 @@ from lora_theory.theory import (
 
 __all__ = [
     "Comparison",
+    "Compression",
     "Continuation",
     "EffectiveNoise",
     "Estimate",

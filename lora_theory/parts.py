@@ -1,4 +1,4 @@
-"""The parts of a problem: the teacher, both stages, and how the second one chooses sequences."""
+"""The parts of a problem: teacher, both stages, compression between them, choice of sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_theory.expression import Expression, fault_as_penalty
 from lora_theory.field_specs import ProblemError, refuse_misplaced, spec, validate
 from lora_theory.selection import SCORES, Score, fault_as_score, score_name
 
-__all__ = ["Covariance", "Finetuning", "Pretraining", "Selection", "Teacher"]
+__all__ = ["Compression", "Covariance", "Finetuning", "Pretraining", "Selection", "Teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,19 @@ class Pretraining:
             self, "pretraining.", "function", "pretraining.regularizer", self.regularizer,
             "separable",
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Truncation of Ŝ to low rank before it is frozen (docs/theory.md, section 2.8)."""
+
+    rank: float = spec(
+        "ρᵣ", "share of the eigenvalues that are kept, those of largest size; rank/D",
+        "> 0 and ≤ 1",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        validate(self, "compression.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_theory.field_specs import FieldSpec, ProblemError, refuse_misplaced, spec, validate
-from lora_theory.parts import Covariance, Finetuning, Pretraining, Selection, Teacher
+from lora_theory.parts import (
+    Compression,
+    Covariance,
+    Finetuning,
+    Pretraining,
+    Selection,
+    Teacher,
+)
 from lora_theory.selection import check_score, score_name
 
 __all__ = [
-    "Covariance", "FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError", "Selection",
-    "Teacher", "assign", "read_toml",
+    "Compression", "Covariance", "FieldSpec", "Finetuning", "Pretraining", "Problem",
+    "ProblemError", "Selection", "Teacher", "assign", "read_toml",
 ]  # fmt: skip
 
 
@@ -66,15 +73,17 @@ class Problem:
     teacher: Teacher = Teacher()
     covariance: Covariance | None = None
     pretraining: Pretraining
+    compression: Compression | None = None
     finetuning: Finetuning | None = None
 
     def __post_init__(self) -> None:
         validate(self, "")
-        for name, part in (("teacher", Teacher), ("pretraining", Pretraining)):
-            if not isinstance(getattr(self, name), part):
-                raise ProblemError(f"{name} = {getattr(self, name)!r} must be a {part.__name__}")
-        if not isinstance(self.finetuning, Finetuning | None):
-            raise ProblemError(f"finetuning = {self.finetuning!r} must be a Finetuning or None")
+        for name, kind in (("teacher", Teacher), ("pretraining", Pretraining)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ProblemError(f"{name} = {value!r} must be a {kind.__name__}")
+        for name, part in (("compression", Compression), ("finetuning", Finetuning)):
+            if not isinstance(value := getattr(self, name), part | None):
+                raise ProblemError(f"{name} = {value!r} must be a {part.__name__} or None")
         if self.tokens < (1 if self.activation == "linear" else 2):
             raise ProblemError(
                 f"tokens = {self.tokens} is not allowed with activation = {self.activation!r}: "
@@ -121,6 +130,11 @@ class Problem:
         return dict(_flattened(self.to_dict(), ""))
 
     @property
+    def alone(self) -> Self:
+        """The pre-training without what follows it."""
+        return self.replace(compression=None, finetuning=None)
+
+    @property
     def rescaling(self) -> float:
         """β, 1 without fine-tuning."""
         return self.finetuning.rescaling if self.finetuning else 1.0
@@ -128,7 +142,7 @@ class Problem:
     def replace(self, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Self:
         """A copy with some fields changed, by dotted names; top-level ones also as keywords.
 
-        ``finetuning=None`` drops the second stage.
+        ``compression=None`` and ``finetuning=None`` drop these.
         """
         raw = self.to_dict()
         for name, value in {**(changes or {}), **named}.items():
@@ -190,8 +204,8 @@ class Problem:
 
 #: The groups of fields.
 _PARTS: dict[str, type] = {
-    "teacher": Teacher, "covariance": Covariance, "pretraining": Pretraining, "finetuning": Finetuning,
-    "finetuning.selection": Selection,
+    "teacher": Teacher, "covariance": Covariance, "pretraining": Pretraining,
+    "compression": Compression, "finetuning": Finetuning, "finetuning.selection": Selection,
 }  # fmt: skip
 
 

@@ -89,6 +89,7 @@ def _losses(
     sequences: Float[Array, "n T D"],
     noise: Float[Array, "n T T"],
     weights: Weights,
+    frozen_weights: Weights | None,
     teacher: Weights,
     numbers: Float[Array, " 4"],
     task_vector: Float[Array, "D 1"],
@@ -98,7 +99,8 @@ def _losses(
 ) -> Float[Array, "errors n"]:
     label_noise, rescaling, temperature, temperature_0 = numbers
     trained = centred_fields(sequences, weights)
-    frozen = rescaling * trained
+    used = trained if frozen_weights is None else centred_fields(sequences, frozen_weights)
+    frozen = rescaling * used
     fields = noisy_fields(sequences, teacher, noise, label_noise)
     shifted = fields + centred_fields(sequences, task_vector)
     tuned = [frozen + centred_fields(sequences, vector) for vector in vectors]
@@ -118,21 +120,24 @@ def sampled_errors(
     count: int,
     problem: Problem,
     weights: Weights,
+    frozen_weights: Weights,
     teacher: Weights,
     task_vector: Float[Array, "D 1"],
     vectors: list[Float[Array, "D 1"]],
 ) -> list[SampledError]:
     """Losses on ``count`` fresh sequences, label noise included (docs/theory.md, section 1).
 
-    First E (pre-training task), then the frozen error (fine-tuning task, χ = 0, q = 0), then E'
-    of each of the ``vectors``, all on the same sequences.
+    First E of the trained ``weights`` (pre-training task), then of those that are frozen the error
+    alone (fine-tuning task, χ = 0, q = 0) and E' with each of the ``vectors``, all on the same
+    sequences.
     """
     dtype, dim = task_vector.dtype.type, task_vector.shape[0]
     chunks = sequence_chunks(Draw.TEST_SEQUENCES.key(key), count, problem.tokens, dim, dtype)
     activation = problem.activation
     temperatures = problem.inverse_temperature, problem.teacher.inverse_temperature
     numbers = np.array([problem.label_noise, problem.rescaling, *temperatures], dtype)
-    factors = weights, teacher, numbers, task_vector, vectors
+    others = None if frozen_weights is weights else frozen_weights
+    factors = weights, others, teacher, numbers, task_vector, vectors
     parts = [_losses(*chunk, *factors, activation=activation) for chunk in chunks]
     losses = np.concatenate(parts, axis=1)
     means, deviations = losses.mean(axis=1), losses.std(axis=1, ddof=1)

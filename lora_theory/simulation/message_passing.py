@@ -25,6 +25,7 @@ from lora_theory.compilation import double_precision
 from lora_theory.observables import Estimate
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.simulation.api import PRETRAINED
+from lora_theory.simulation.compression import compressed
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.fields import Symmetric, Weights, centred_fields
 from lora_theory.simulation.finetuning import FinetuningData, finetuning_data, random_start
@@ -188,7 +189,8 @@ def message_passing(
             pretraining = _pretrain(problem, sizes, data, limits, key)
             weights = Symmetric(jnp.asarray(pretraining.weights))
         if problem.finetuning is not None and stage != "pretraining":
-            second = finetuning_data(key, problem, sizes, data, weights)
+            frozen = compressed(weights, sizes)
+            second = finetuning_data(key, problem, sizes, data, frozen)
             w = second.task_vector
             if start == "random":
                 w = random_start(key, 0, w, problem.finetuning.signal)

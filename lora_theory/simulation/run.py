@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from lora_theory.problem import Problem
+from lora_theory.simulation.compression import compressed
 from lora_theory.simulation.fields import Symmetric, Weights
 from lora_theory.simulation.finetuning import finetuning_data, finetuning_task, random_start
 from lora_theory.simulation.measure import (
@@ -53,17 +54,18 @@ def run_seeds(
 ) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
     """The numbers of some runs, trained together, and the teachers and trained weights of each."""
     data, pretrained, weights = pretrained_weights(problem, sizes, effort, keys)
-    finetuned = _finetuned(problem, sizes, effort, keys, data, weights)
+    frozen = [compressed(run, sizes) for run in weights]
+    finetuned = _finetuned(problem, sizes, effort, keys, data, frozen)
     return [
         measured(problem, sizes, effort, *run)
-        for run in zip(keys, data, pretrained, weights, *finetuned, strict=True)
+        for run in zip(keys, data, pretrained, weights, frozen, *finetuned, strict=True)
     ]
 
 
 def pretrained_weights(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> tuple[list[PretrainingData], list[Minimum], list[Weights]]:
-    """The first stage of each run: its data, how it ended, and the weights that it froze."""
+    """The first stage of each run: its data, how it ended, and the weights that it trained."""
     if effort.pretrained == "sampled":
         data = [teacher_alone(key, problem, sizes, effort.dtype) for key in keys]
         sampled = [
@@ -90,6 +92,7 @@ def measured(
     data: PretrainingData,
     pretrained: Minimum,
     weights: Weights,
+    frozen_weights: Weights,
     task_vector: Array,
     minima: Sequence[Minimum],
 ) -> tuple[SeedRecord, dict[str, np.ndarray]]:
@@ -99,18 +102,17 @@ def measured(
         effort.test_sequences,
         problem,
         weights,
+        frozen_weights,
         data.teacher,
         task_vector,
         [minimum.weights for minimum in minima],
     )
-    S, S0 = as_matrix(weights), as_matrix(data.teacher)
+    S, S0 = as_matrix(frozen_weights), as_matrix(data.teacher)
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
-    overlaps = matrix_overlaps(S, S0)
+    overlaps, used = matrix_overlaps(as_matrix(weights), S0), matrix_overlaps(S, S0)
     beta = problem.rescaling
     tau, tau_0 = problem.inverse_temperature, problem.teacher.inverse_temperature
-    noise = effective_noise(
-        beta**2 * overlaps["Q"], beta * overlaps["M"], overlaps["Q0"], problem.label_noise
-    )
+    noise = effective_noise(beta**2 * used["Q"], beta * used["M"], used["Q0"], problem.label_noise)
     record = SeedRecord(
         pretraining=overlaps | test.named("test_error") | _descent(pretrained, sizes.dim**2),
         effective_noise=noise,
@@ -124,6 +126,8 @@ def measured(
         ),
     )
     arrays = dict([_named("W0", "S0", data.teacher), _named("W", "S", weights)])
+    if sizes.kept_rank is not None:
+        arrays["S_frozen"] = S
     if vectors:
         arrays |= {"w_star": w_star, "w": vectors[0]}
     if record.random:

@@ -57,7 +57,7 @@ def sample_pretrained(
         True
     """
     check_problem(problem)
-    problem = problem.replace(finetuning=None)
+    problem = problem.alone
     check_sampled(problem)
     sizes = Sizes.of(problem, dim, trained=False)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
@@ -87,7 +87,7 @@ def sampled_matrix(
 ) -> Float[np.ndarray, "D D"]:
     """Ŝ of a run, in float64; for factors of P < D columns, of rank P at most."""
     discretisation = Discretisation.checked(None, 8, 0, 1e-10)
-    root = solve_pretraining(problem.replace(finetuning=None), discretisation)
+    root = solve_pretraining(problem.alone, discretisation)
     if not root.is_good(discretisation.tolerance):
         raise ProblemError(
             'pretrained = "sampled" is not allowed for this problem: it needs a solution of the '

@@ -17,6 +17,7 @@ from lora_theory.parts import Finetuning, Selection
 from lora_theory.problem import Problem
 from lora_theory.selection import kept
 from lora_theory.simulation.api import checked_effort
+from lora_theory.simulation.compression import compressed
 from lora_theory.simulation.data import Draw, draw_sequences, run_key
 from lora_theory.simulation.fields import Weights, centred_fields, noisy_fields
 from lora_theory.simulation.finetuning import FinetuningData, finetuning_data, finetuning_task
@@ -129,7 +130,8 @@ def _run(
     effort: Effort,
 ) -> tuple[Sequence[Any], float]:
     """The records of both rounds, and |w₁·w₂|/D."""
-    (data,), (frozen,), (weights,) = pretrained_weights(problem, sizes, effort, [key])
+    (data,), (pretrained,), (trained,) = pretrained_weights(problem, sizes, effort, [key])
+    weights = compressed(trained, sizes)
     batch = finetuning_data(key, problem, sizes, data, weights)
     records, start = [], batch.task_vector
     vectors: list[Array] = []
@@ -139,7 +141,7 @@ def _run(
             batch = _with_second(key, problem, second, later, data, weights, batch, merged)
         (minimum,) = descend([finetuning_task(batch, problem)], [start], problem, effort)
         vectors.append(minimum.weights)
-        run = data, frozen, weights, start, [minimum]
+        run = data, pretrained, trained, weights, start, [minimum]
         records.append(measured(problem, sizes, effort, key, *run)[0])
     w_1, w_2 = (np.asarray(vector, dtype=np.float64)[:, 0] for vector in vectors)
     return records, abs(float(w_1 @ w_2)) / sizes.dim

@@ -26,6 +26,7 @@ class Sizes(NamedTuple):
     finetuning_sequences: int  # N' = round(alpha' D), 0 without fine-tuning
     reused_sequences: int  # of these: the first ones of the pre-training
     pool_sequences: int = 0  # from which they are chosen; 0 where any are taken
+    kept_rank: int | None = None  # round(ρᵣD) eigenvalues that a compression keeps
 
     @classmethod
     def of(cls, problem: Problem, dim: int, *, trained: bool = True) -> Sizes:
@@ -64,6 +65,11 @@ class Sizes(NamedTuple):
             finetuning_sequences=count,
             reused_sequences=round(finetuning.reused * count) if finetuning else 0,
             pool_sequences=pool,
+            kept_rank=(
+                _rounded("compression.rank", problem.compression.rank, dim, dim)
+                if problem.compression is not None
+                else None
+            ),
         )
         first = sizes.pretraining_sequences if trained else dim
         memory = 48 * max(first, sizes.finetuning_sequences, pool) * sizes.tokens * dim

@@ -36,6 +36,7 @@ from lora_theory.theory.training_fields import (
     Reuse,
     SoftmaxFields,
     Task,
+    Trained,
     kept_linear_fields,
     linear_fields,
     node_dimension,
@@ -72,7 +73,13 @@ class FrozenWeights(NamedTuple):
     label_variance: float
     rescaling: float = 1.0  # β: fields of the frozen weights are multiplied by it
     noise_variance: float = 0.0  # Δ/2, the part of the label variance that may be drawn anew
+    before: Trained | None = None
     token_levels: Float[np.ndarray, " n"] | None = None  # c' of tokens with a covariance
+
+    @property
+    def trained(self) -> Trained:
+        """What training made, before a compression."""
+        return self.before or Trained(self.Q, self.M, self.V, self.Q)
 
     @property
     def rescaled(self) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
@@ -86,12 +93,15 @@ class FrozenWeights(NamedTuple):
     def training_noise(self, tokens: int, *, redrawn: bool) -> Float[np.ndarray, " R"]:
         """Δ_eff of linear attention on re-used sequences (docs/theory.md, section 4).
 
-        Their field is β times a mean of z and z^y with weights 1 − p and p; new noise in the label
-        is not in it.
+        Their field is β(z' + p(z^y − z)), z that of the trained weights, which is z' without a
+        compression; new noise in the label is not in it.
         """
-        taught = self.rescaling * self.V / (self.V + tokens**2 / 4)  # βp
-        label, own = 1 - taught, self.rescaling - taught
-        noise = label**2 * self.label_variance - 2 * label * own * self.M + own**2 * self.Q
+        (Q, M), before = self.rescaled, self.trained
+        taught = self.rescaling * self.V / (before.V + tokens**2 / 4)  # βp
+        label, cross = 1 - taught, self.rescaling * before.cross
+        # of (1 − βp)z^y + βp z − βz'
+        noise = label**2 * self.label_variance + taught**2 * before.Q + Q
+        noise += 2 * (label * taught * before.M - label * M - taught * cross)
         if redrawn:
             noise = noise + 2 * taught * self.noise_variance
         return np.asarray(np.maximum(noise, 0.0))
@@ -235,13 +245,17 @@ class FinetuningNodes:
             blocks = _kept_nodes(stage, weights, tokens, activation, discretisation)
             chunks, self._together = discretisation.in_chunks(blocks, tokens)
         else:
-            dimension = node_dimension(tokens, activation, new_noise=stage.redraws_noise)
+            dimension = node_dimension(
+                tokens, activation, new_noise=stage.redraws_noise,
+                compressed=bool(stage.reused) and weights.before is not None,
+            )  # fmt: skip
             seed = discretisation.seed + 1
             chunks, self._together = discretisation.chunks(dimension, tokens, seed)
         self.coarse = coarse_chunks(chunks, tokens)
         total = sum(chunk.shape[1] for chunk in chunks)
         # linear weights are exact: one value for all blocks
-        by_block = (np.broadcast_to(part, self._blocks) for part in weights[:3])
+        numbers = *weights[:3], *weights.trained
+        by_block = (np.broadcast_to(part, self._blocks) for part in numbers)
         per_node = [np.repeat(part, total // self._blocks) for part in by_block]
         parts = zip(*(np.split(part, len(chunks)) for part in per_node), strict=True)
         fields = functools.partial(self._fields_of, stage, weights, tokens)
@@ -254,8 +268,8 @@ class FinetuningNodes:
         tokens: int,
         part: tuple[np.ndarray, tuple[np.ndarray, ...]],
     ) -> LinearFields | SoftmaxFields:
-        """What a chunk of nodes stands for, with Q, M and V on it."""
-        nodes, (Q, M, V) = part
+        """What a chunk of nodes stands for, with the order parameters of both matrices on it."""
+        nodes, (Q, M, V, *before) = part
         beta = weights.rescaling
         if self._linear and stage.chosen:
             return kept_linear_fields(nodes, Q, M, self.task, tokens=tokens, rescaling=beta)
@@ -269,6 +283,7 @@ class FinetuningNodes:
         return softmax_fields(
             nodes, Q, M, V, self.task,
             tokens=tokens, reuse=reuse, rescaling=beta, kept=stage.chosen is not None,
+            before=None if weights.before is None else Trained(*before),
         )  # fmt: skip
 
     def under(self, stage: Finetuning) -> FinetuningNodes:

@@ -198,7 +198,7 @@ class _Pretraining:
     def __init__(
         self, problem: Problem, over: str, branch: str, discretisation: Discretisation
     ) -> None:
-        self._problem, self._over = problem.replace(finetuning=None), over
+        self._problem, self._over = problem.alone, over
         self._discretisation = discretisation
 
     def _at(self, value: float) -> Problem:

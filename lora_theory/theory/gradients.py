@@ -177,7 +177,7 @@ class Tangents:
             )
         self._first: Averages | None = None
         self._second: Averages | None = None
-        self._x = solve_pretraining(problem.replace(finetuning=None), discretisation).unknowns
+        self._x = solve_pretraining(problem.alone, discretisation).unknowns
         self._first, at = self._pretraining(problem, self._x)
         self._inverse = _inverse(at)
         self._branch, self._w = "", np.zeros(3)
@@ -226,8 +226,7 @@ class Tangents:
         self, problem: Problem, x: Float[np.ndarray, " 3"]
     ) -> tuple[Averages, BlockValues]:
         """The equations of stage one at a point."""
-        alone = problem.replace(finetuning=None)
-        averages = pretraining_averages(alone, self._discretisation)[0]
+        averages = pretraining_averages(problem.alone, self._discretisation)[0]
         averages = averages if self._first is None else averages.like(self._first)
         return averages, averages.at(x, search=True)
 

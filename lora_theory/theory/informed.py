@@ -81,7 +81,7 @@ class Branches:
 
     def __init__(self, problem: Problem, discretisation: Discretisation) -> None:
         assert problem.finetuning is not None
-        root = solve_pretraining(problem.replace(finetuning=None), discretisation)
+        root = solve_pretraining(problem.alone, discretisation)
         self.stage: Finetuning = Units.of(problem).stage(problem.finetuning)
         self.weights = frozen_weights(problem, root)
         self.nodes = FinetuningNodes(

@@ -84,6 +84,8 @@ def spectrum(
 ) -> LearnedSpectrum:
     """Density, mass at zero and outliers of the pre-trained Ŝ in the high-dimensional limit.
 
+    Where the problem has a compression, of what that leaves.
+
     The density of Ŝ = f(Y)/V̂ on a grid that is dense at its edges, from the free convolution of
     law(S0) with a semicircle; eigenvalues that spikes of the teacher pull out of it; with ``dim``
     and a second stage also the one of S + wwᵀ/√D (docs/theory.md, section 2.7).
@@ -125,7 +127,8 @@ def spectrum(
         tolerance=tolerance,
     )  # fmt: skip
     with double_precision():
-        root = solve_pretraining(alone, Discretisation.checked(nodes, blocks, seed, tolerance))
+        settings = Discretisation.checked(nodes, blocks, seed, tolerance)
+        root = solve_pretraining(problem.alone, settings)
         found = shrunk_spectrum(root.unknowns, problem, points)
         others = [shrunk_spectrum(unknowns, problem, points) for unknowns in root.block_unknowns]
     summaries = {name: [part.summary[name] for part in others] for name in found.summary}
@@ -134,7 +137,7 @@ def spectrum(
     if dim is not None:
         assert prediction.finetuning is not None
         merged, errors["merged"] = _merged(problem, prediction.finetuning, dim, found, others)
-    Q = prediction.pretraining.Q
+    Q = prediction.effective_noise.Q / prediction.problem.rescaling**2
     return LearnedSpectrum(
         problem=problem,
         status=prediction.pretraining.status,

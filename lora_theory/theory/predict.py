@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from lora_theory.arguments import check_problem
 from lora_theory.compilation import double_precision
@@ -32,6 +33,8 @@ from lora_theory.theory.results import (
 )
 from lora_theory.theory.roots import Root, first_good, solve, standard_error, with_jumps
 from lora_theory.theory.stability import pretraining_stability
+from lora_theory.theory.training_fields import Trained
+from lora_theory.theory.truncated import truncated_at
 from lora_theory.theory.units import Units
 from lora_theory.theory.weights import Constants, kept_at, weights_at
 
@@ -95,11 +98,11 @@ def predict(
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
     check_predictable(problem, covariance=True)
     with double_precision():
-        root = solve_pretraining(problem.replace(finetuning=None), discretisation)
+        root = solve_pretraining(problem.alone, discretisation)
         weights, units = frozen_weights(problem, root), Units.of(problem)
         pretraining = pretraining_prediction(problem, root, weights, discretisation)
         noise = effective_noise(problem, weights, discretisation)
-        first = _pretraining_stability(problem.replace(finetuning=None), discretisation)
+        first = _pretraining_stability(problem.alone, discretisation)
         pretraining = flagged(pretraining, first)
         branches: tuple[FinetuningPrediction, ...] = ()
         second: Stability | None = None
@@ -259,7 +262,7 @@ def pretraining_averages(problem: Problem, discretisation: Discretisation) -> tu
 
 @functools.lru_cache(maxsize=256)  # problems that share their pre-training solve it once
 def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
-    """The root of stage one; ``problem`` without fine-tuning."""
+    """The root of stage one; ``problem`` alone."""
     averages, coarse = pretraining_averages(problem, discretisation)
 
     solve_from = functools.partial(
@@ -289,7 +292,7 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
 
 @functools.lru_cache(maxsize=256)
 def _pretraining_stability(problem: Problem, discretisation: Discretisation) -> Stability:
-    """That of the root of stage one; ``problem`` without fine-tuning."""
+    """That of the root of stage one; ``problem`` alone."""
     root, constants = solve_pretraining(problem, discretisation), Constants.of(problem)
     if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
         return Stability(0.0, 0.0, 0.0, 0.0)  # nothing is learnt, and nothing answers
@@ -323,7 +326,7 @@ def pretraining_prediction(
     collapsed = values["Q"] < _COLLAPSED
     status = root.status(*_jump_mass(root), discretisation.tolerance)
     nothing = np.zeros_like(weights.Q)
-    at = OrderParameters(weights.Q, weights.M, nothing, nothing)
+    at = OrderParameters(weights.trained.Q, weights.trained.M, nothing, nothing)
     law = Errors(
         problem.activation, problem.tokens, weights.label_variance,
         blocks=len(nothing), seed=discretisation.seed,
@@ -346,19 +349,31 @@ def pretraining_prediction(
 
 
 def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
-    """Q, M and V at the roots of the single blocks."""
-    constants = Constants.of(problem)
-    order = [pre.OBSERVABLES.index(name) for name in ("Q", "M", "V")]
-    if root.observables[order[0]] < _COLLAPSED:
-        values = np.zeros((3, len(root.block_unknowns)))
+    """Q, M and V at the roots of the single blocks, after the compression if there is one."""
+    constants, stage, before = Constants.of(problem), problem.compression, None
+    if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
+        Q, M, V = np.zeros((3, len(root.block_unknowns)))
     else:
-        values = np.array([weights_at(x, constants).values[:3] for x in root.block_unknowns]).T
-    Q, M, V = values
+        at = root.block_unknowns
+        Q, M, V = np.array([weights_at(x, constants).values[:3] for x in at]).T
+        if stage is not None:
+            left = np.array([_truncated(x, constants, stage.rank) for x in at]).T
+            before = Trained(Q, M, V, cross=left[0])
+            Q, M, V = left
     noise_variance = Units.of(problem).teacher ** 2 * problem.label_noise / 2
-    levels = np.array(problem.covariance.later) if problem.covariance else None
     return FrozenWeights(
-        Q, M, V, constants.label_variance, problem.rescaling, noise_variance, token_levels=levels
+        Q, M, V, constants.label_variance, problem.rescaling, noise_variance, before
     )
+
+
+def _truncated(
+    unknowns: Float[np.ndarray, " 3"], constants: Constants, share: float
+) -> Float[np.ndarray, " 3"]:
+    """Q, M and V of what truncation leaves."""
+    found = truncated_at(unknowns, constants, share)
+    if found is None:
+        return np.asarray(weights_at(unknowns, constants).values[:3])
+    return np.array(found[:3])
 
 
 def effective_noise(

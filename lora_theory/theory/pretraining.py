@@ -32,6 +32,7 @@ from lora_theory.theory.weights import Channel, Constants, LastWeights, Weights
 
 __all__ = [
     "OBSERVABLES",
+    "SMALLEST_SPREAD",
     "SMALLEST_VARIANCE",
     "Labels",
     "LinearPretraining",
@@ -51,7 +52,7 @@ OBSERVABLES = (
 )  # fmt: skip
 
 # floors that keep the equations finite where the weights vanish: S² and V
-_SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
+SMALLEST_SPREAD, SMALLEST_VARIANCE = 1e-12, 1e-9
 _EPSILON = float(np.finfo(float).eps)
 
 
@@ -70,7 +71,7 @@ def frozen_coordinates(
     label_variance: float | Float[Array, ""],
 ) -> tuple[Float[Array, "n nodes"], Float[Array, "n nodes"], Float[Array, ""]]:
     """z^y = √Q_y g1, z = (M/Q_y) z^y + S g2 and S, S² = Q − M²/Q_y (docs/theory.md, section 5)."""
-    spread = jnp.sqrt(jnp.maximum(Q - M**2 / label_variance, _SMALLEST_SPREAD))
+    spread = jnp.sqrt(jnp.maximum(Q - M**2 / label_variance, SMALLEST_SPREAD))
     label = jnp.sqrt(jnp.asarray(label_variance)) * label_noise
     return label, M / label_variance * label + spread * frozen_noise, spread
 

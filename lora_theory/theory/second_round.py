@@ -116,7 +116,7 @@ def second_round(
     ).finetuning
     assert at_once is not None
     with double_precision():
-        root = solve_pretraining(problem.replace(finetuning=None), discretisation)
+        root = solve_pretraining(problem.alone, discretisation)
         weights = frozen_weights(problem, root)
         averages = _averages(problem, second, by, before.finetuning, weights, discretisation)
         log_s, gain, log_v = _unknowns(at_once, problem)

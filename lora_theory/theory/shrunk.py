@@ -24,6 +24,7 @@ from lora_theory.laws import Law
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.bands import curve, detached, edge, point_below, real_bands, real_transform
 from lora_theory.theory.convolution import quantile, tail_moment
+from lora_theory.theory.truncated import truncated_at
 from lora_theory.theory.units import Units
 from lora_theory.theory.weights import Constants, kept_at
 
@@ -91,13 +92,18 @@ def _far(delta: Array, law: Law) -> tuple[Array, Array, tuple[Array, ...]]:
 
 
 def shrunk_spectrum(unknowns: Float[np.ndarray, " 3"], problem: Problem, points: int) -> Shrunk:
-    """The spectrum of Ŝ at log(Q̂, M̂, V̂) in canonical units, itself in the units of S."""
+    """The spectrum of Ŝ at log(Q̂, M̂, V̂) in canonical units, itself in the units of S.
+
+    After the compression, if there is one.
+    """
     constants, units = Constants.of(problem), Units.of(problem)
     law, kind = constants.law, constants.regularizer
     Q_hat, M_hat, V_hat = np.exp(unknowns)
     signal = float(constants.teacher_scale * M_hat)  # Y = signal·(S0 + δZ)
     delta = math.sqrt(Q_hat) / signal
-    kept = kept_at(unknowns, constants)
+    stage = problem.compression
+    cut = truncated_at(unknowns, constants, stage.rank) if stage is not None else None
+    kept = kept_at(unknowns, constants) if cut is None else cut.kept
     low, high = (y / signal for y in kept.dead_zone)
 
     def learned(x: ArrayLike) -> Grid:

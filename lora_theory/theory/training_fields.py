@@ -22,7 +22,12 @@ from lora_theory.theory.fields import (
     full_basis,
     to_fields,
 )
-from lora_theory.theory.pretraining import SMALLEST_VARIANCE, frozen_coordinates, paired
+from lora_theory.theory.pretraining import (
+    SMALLEST_SPREAD,
+    SMALLEST_VARIANCE,
+    frozen_coordinates,
+    paired,
+)
 from lora_theory.theory.proximal import rank_one_part, softmax_field_minima, with_others
 
 __all__ = [
@@ -45,6 +50,15 @@ class Task(NamedTuple):
     signal: float  # q0, with a covariance that of w̃*
     label_variance: float  # Q_y = Q0 + Δ/2, variance of z^y
     levels: Float[np.ndarray, " n"] | None = None  # c', of tokens with a covariance
+
+
+class Trained(NamedTuple):
+    """Order parameters of the trained Ŝ where the frozen S' is another, by block or by node."""
+
+    Q: Float[np.ndarray, " R"]
+    M: Float[np.ndarray, " R"]
+    V: Float[np.ndarray, " R"]
+    cross: Float[np.ndarray, " R"]  # Tr ŜS'/D
 
 
 class Reuse(NamedTuple):
@@ -88,11 +102,16 @@ class SoftmaxFields(NamedTuple):
     share: Float[Array, "#nodes"]  # weights of the nodes, of mean 1
 
 
-def node_dimension(tokens: int, activation: str, *, new_noise: bool = False) -> int:
-    """Gaussian numbers per node: 2n + 2T for softmax, n more with new noise, 3T for linear."""
+def node_dimension(
+    tokens: int, activation: str, *, new_noise: bool = False, compressed: bool = False
+) -> int:
+    """Gaussian numbers per node: 3T for linear, 2n + 2T for softmax.
+
+    n more each with new noise and where re-used sequences meet weights that were compressed.
+    """
     if activation == "linear":
         return 3 * tokens
-    return (3 if new_noise else 2) * field_count(tokens, "softmax") + 2 * tokens
+    return (2 + new_noise + compressed) * field_count(tokens, "softmax") + 2 * tokens
 
 
 @quickly_compiled("tokens")
@@ -221,16 +240,45 @@ def _reused_fields(label: Array, z: Array, V: Array, tokens: int) -> Array:
 
 
 @quickly_compiled("tokens")
-def _with_new_noise(
-    nodes: Array, label: Array, Q: Array, M: Array, label_variance: Array, noise: Array, tokens: int
-) -> Array:
+def _truncated_fields(
+    nodes: Array, label: Array, Q: Array, M: Array, before: tuple[Array, ...],
+    label_variance: Array, tokens: int,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """z' = (M'/Q_y) z^y + a g_2 + b g_4 of a truncated S', g_2 as in z of the trained one; a, b."""
     n = field_count(tokens, "softmax")
-    g_2, g_3 = nodes[n : 2 * n], nodes[2 * n + 2 * tokens :]
+    g_2, g_4 = nodes[n : 2 * n], nodes[-n:]
+    spread = frozen_coordinates(label, g_2, before[0], before[1], label_variance)[2]
+    shared = (before[3] - M * before[1] / label_variance) / spread
+    own = jnp.sqrt(jnp.maximum(Q - M**2 / label_variance - shared**2, SMALLEST_SPREAD))
+    return M / label_variance * label + shared * g_2 + own * g_4, shared, own
+
+
+@quickly_compiled("tokens")
+def _with_new_noise(
+    nodes: Array,
+    label: Array,
+    Q: Array,
+    M: Array,
+    label_variance: Array,
+    noise: Array,
+    tokens: int,
+    truncated: tuple[Array, Array, Array] | None = None,
+) -> Array:
+    """The label with other noise, given z^y and z of the trained matrix, and of a truncated one.
+
+    ``truncated``: M', a and b of the latter.
+    """
+    n = field_count(tokens, "softmax")
+    g_2, g_3 = nodes[n : 2 * n], nodes[2 * n + 2 * tokens : 3 * n + 2 * tokens]
     spread = frozen_coordinates(label, g_2, Q, M, label_variance)[2]
     clean = (label_variance - noise) / label_variance
     shared = M * noise / (label_variance * spread)
-    own = jnp.maximum(noise + clean * noise - shared**2, noise)
-    return clean * label + shared * g_2 + jnp.sqrt(own) * g_3
+    known, explained = clean * label + shared * g_2, shared**2
+    if truncated is not None:
+        M_left, along, own = truncated
+        further = (M_left * noise / label_variance - along * shared) / own
+        known, explained = known + further * nodes[-n:], explained + further**2
+    return known + jnp.sqrt(jnp.maximum(noise + clean * noise - explained, noise)) * g_3
 
 
 @quickly_compiled("tokens")
@@ -264,13 +312,16 @@ def softmax_fields(
     reuse: Reuse = FRESH,
     rescaling: float = 1.0,
     kept: bool = False,
+    before: Trained | None = None,
 ) -> SoftmaxFields:
     """The fields that (Q, M, V), here one value per node, leave to fine-tuning.
 
     Re-used training sequences carry Prox_V(z; y) with their pre-training label in place of z, and
     that label or one with new noise (docs/theory.md, section 3).  The fields of the frozen weights
     are multiplied by ``rescaling``.  Where the first numbers of the nodes are z/√Q of ``kept``
-    sequences instead of z^y/√Q_y, the labels are drawn given these.
+    sequences instead of z^y/√Q_y, the labels are drawn given these.  Where the frozen weights were
+    truncated, Q, M and V of the trained ones and Tr ŜS'/D are those ``before``; then re-used
+    sequences carry z' + V'(Prox_V(z; y) − z)/V.
     """
     at, *parts = (jnp.asarray(entry, dtype=float) for entry in (nodes, Q, M, V))
     if kept:
@@ -282,11 +333,22 @@ def softmax_fields(
         label, training = _frozen_fields(at, *parts[:2], task.label_variance, tokens)
     all_nodes, reused, share = reuse.by_kind(nodes)
     if reuse.share > 0:
-        own = _reused_fields(label, training, parts[2], tokens)
+        trained, truncated = tuple(parts), None
+        if before is None:
+            own = _reused_fields(label, training, parts[2], tokens)
+        else:
+            trained = tuple(jnp.asarray(part, dtype=float) for part in before)
+            z = _frozen_fields(at, *trained[:2], task.label_variance, tokens)[1]
+            training, *along = _truncated_fields(
+                at, label, *parts[:2], trained, task.label_variance, tokens
+            )
+            truncated = parts[1], *along
+            pull = _reused_fields(label, z, trained[2], tokens) - z
+            own = training + parts[2] / jnp.maximum(trained[2], SMALLEST_VARIANCE) * pull
         own_label = label
         if reuse.new_noise is not None:
             variances = task.label_variance, reuse.new_noise
-            own_label = _with_new_noise(at, label, *parts[:2], *variances, tokens)
+            own_label = _with_new_noise(at, label, *trained[:2], *variances, tokens, truncated)
         kinds = len(reused) // nodes.shape[1]
         later, earlier = (
             jnp.repeat(jnp.stack(pair), kinds, axis=2)

@@ -4,6 +4,7 @@ import lora_theory
 
 PUBLIC = [
     "Comparison",
+    "Compression",
     "Continuation",
     "EffectiveNoise",
     "Estimate",
