@@ -122,8 +122,30 @@ class Compression:
         "> 0 and ≤ 1",
     )  # fmt: skip
 
+    whitening: str = spec(
+        "",
+        "metric of the truncation under tokens with a covariance: C^{1/2}SC^{1/2}, SC^{1/2} (then "
+        "made symmetric), or S itself",
+        '"two_sided", "one_sided" or "none"',
+        default="two_sided",
+        choices=("two_sided", "one_sided", "none"),
+    )
+    calibration: str = spec(
+        "",
+        "whose covariance it is: C, C' of fine-tuning, or C for what is to be kept and C' for "
+        "what it is kept under",
+        '"pretraining", "finetuning" or "anchored"',
+        default="pretraining",
+        choices=("pretraining", "finetuning", "anchored"),
+    )
+
     def __post_init__(self) -> None:
         validate(self, "compression.")
+        if self.whitening == "none" and self.calibration != "pretraining":
+            raise ProblemError(
+                f'compression.calibration = "{self.calibration}" is not allowed with '
+                'compression.whitening = "none", which sees no tokens: leave it out'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,13 @@ class Problem:
             raise ProblemError(f"covariance = {self.covariance!r} must be a Covariance or None")
         if self.covariance is not None:
             self._check_covariance(self.covariance)
+        elif self.compression is not None:
+            for name, default in (("whitening", "two_sided"), ("calibration", "pretraining")):
+                if (value := getattr(self.compression, name)) != default:
+                    raise ProblemError(
+                        f'compression.{name} = "{value}" is not allowed without covariance: leave '
+                        "it out"
+                    )
         if self.finetuning is not None and self.finetuning.selection is not None:
             check_score(self.finetuning.selection, self.tokens)
 
@@ -132,7 +139,8 @@ class Problem:
     @property
     def alone(self) -> Self:
         """The pre-training without what follows it."""
-        return self.replace(compression=None, finetuning=None)
+        unshifted = {"covariance.shifted": None} if self.covariance else {}
+        return self.replace(unshifted, compression=None, finetuning=None)
 
     @property
     def rescaling(self) -> float:
