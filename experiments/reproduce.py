@@ -12,6 +12,7 @@ from pathlib import Path
 
 import collapse
 import contraction
+import covariance
 import figure1
 import figure2
 import figure3
@@ -43,6 +44,7 @@ EXPERIMENTS = {
         spectra,
         phases,
         contraction,
+        covariance,
         published,
     )
 }

@@ -80,7 +80,9 @@ def training_loss(
     task: Task, weights: Float[Array, "D P"], activation: str, form: str = "weight_decay"
 ) -> Float[Array, ""]:
     """Σ_μ ‖σ(τ(frozen + fields of W)) − target‖²_F and the penalty."""
-    return _data_loss(task, weights, activation, form) + task.penalty * _penalty(task, weights, form)
+    return _data_loss(task, weights, activation, form) + task.penalty * _penalty(
+        task, weights, form
+    )
 
 
 def _data_loss(

@@ -35,7 +35,7 @@ from lora_theory.simulation.sampled import sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes
 from lora_theory.simulation.tokens import seen, token_scale
 
-__all__ = ["Effort", "descend", "measured", "pretrained_weights", "run_seeds"]
+__all__ = ["Effort", "descend", "finetuned_runs", "measured", "pretrained_weights", "run_seeds"]
 
 
 class Effort(NamedTuple):
@@ -54,7 +54,20 @@ def run_seeds(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
     """The numbers of some runs, trained together, and the teachers and trained weights of each."""
-    data, pretrained, weights = pretrained_weights(problem, sizes, effort, keys)
+    return finetuned_runs(
+        problem, sizes, effort, keys, pretrained_weights(problem, sizes, effort, keys)
+    )
+
+
+def finetuned_runs(
+    problem: Problem,
+    sizes: Sizes,
+    effort: Effort,
+    keys: Sequence[Key[Array, ""]],
+    first: tuple[list[PretrainingData], list[Minimum], list[Weights]],
+) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
+    """The same after the ``first`` stage, which problems that differ later share."""
+    data, pretrained, weights = first
     frozen = [compressed(run, problem, sizes) for run in weights]
     finetuned = _finetuned(problem, sizes, effort, keys, data, frozen)
     return [

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Complex, Float
 
 __all__ = [
-    "CorrelatedTokens", "CorrelatedWishart", "Tail", "correlated_divergence", "correlated_tail",
-    "correlated_weights", "threshold_of",
+    "CorrelatedTokens", "Tail", "correlated_divergence", "correlated_tail",
+    "correlated_weights", "teacher_square", "threshold_of",
 ]  # fmt: skip
 
 # double-exponential rule along the paths: its parameter ends within 1e-12 of the ends
@@ -31,25 +31,18 @@ _BEYOND = 1.3
 _BISECTIONS = 60
 
 
-class CorrelatedWishart(NamedTuple):
-    """The law of S̃0 = C^{1/2}W0W0ᵀC^{1/2}/√(P0D): its moments are what the output side needs."""
-
-    rank: float  # κ0
-    levels: tuple[float, ...]  # c
-
-    def moments(self) -> tuple[float, float]:
-        """√κ0 tr C and Q0 = κ0 tr C² + (tr C)², tr = Tr/D."""
-        c = np.array(self.levels)
-        mean = float(c.mean())
-        return math.sqrt(self.rank) * mean, self.rank * float((c**2).mean()) + mean**2
-
-
 class CorrelatedTokens(NamedTuple):
     """Weight decay on the factor under tokens of covariance C, which is not spectral in S̃."""
 
     scaled_penalty: float  # λ̃
     rank: float  # κ0
     levels: tuple[float, ...]  # c
+
+
+def teacher_square(rank: float, levels: tuple[float, ...]) -> float:
+    """Q0 = Tr (CS0)²/D = κ0 tr C² + (tr C)² of the Wishart law, tr = Tr/D."""
+    c = np.array(levels)
+    return rank * float((c**2).mean()) + float(c.mean()) ** 2
 
 
 class Tail(NamedTuple):
@@ -81,7 +74,7 @@ class _Equations:
         self.c, self.kappa = np.array(kind.levels), kind.rank
         self.Q_hat, self.b = Q_hat, M_hat / math.sqrt(kind.rank)
         self.pull = 2 * kind.scaled_penalty / self.c
-        wide = self.b * self.c.max() * (1 + math.sqrt(kind.rank)) ** 2
+        wide = self.b * float(self.c.max()) * (1 + math.sqrt(kind.rank)) ** 2
         self.top = _BEYOND * (wide + 2 * math.sqrt(Q_hat))
         self.bottom = -_BEYOND * (float(self.pull.max()) + 2 * math.sqrt(Q_hat))
 
@@ -162,7 +155,7 @@ def _at(unknowns: Float[np.ndarray, " 3"], scale: float, kind: CorrelatedTokens)
 
 def correlated_weights(
     unknowns: Float[np.ndarray, " 3"], scale: float, kind: CorrelatedTokens
-) -> tuple[Float[np.ndarray, " 3"], ...]:
+) -> tuple[Float[np.ndarray, " 4"], Float[np.ndarray, "4 3"]]:
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂) and their slopes, (4,) and (4, 3).
 
     Args:
@@ -233,7 +226,7 @@ def correlated_tail(
 def threshold_of(
     unknowns: Float[np.ndarray, " 3"], scale: float, kind: CorrelatedTokens, share: float
 ) -> float:
-    """The y ≥ 0 beyond which this share of the eigenvalues of Y' lies; 0 where fewer are positive."""
+    """The y ≥ 0 beyond which this share of the eigenvalues of Y' lies; 0 where fewer are."""
     low, high = 0.0, _at(unknowns, scale, kind).top / _BEYOND
     if correlated_tail(unknowns, scale, kind).share <= share:
         return 0.0
@@ -263,4 +256,4 @@ def correlated_divergence(
     over = left.weights * left.G
     inner = (over / (x - y) ** 2).sum(axis=1) - (over.conj() / (x - y.conj()) ** 2).sum(axis=1)
     crossed = right.integral(right.G * right.z**2 * inner / (2j * np.pi))
-    return (share**2 + 2 * crossed) / V_hat**2
+    return float((share**2 + 2 * crossed) / V_hat**2)

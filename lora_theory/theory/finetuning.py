@@ -66,7 +66,7 @@ def point_of(unknowns: Array, task: Task) -> _Point:
     """(q, m, v, s) from (log s, m/q0, log v); with a covariance s² is the part q̂∫R⁻² of s²."""
     s, m, v = jnp.exp(unknowns[0]), unknowns[1] * task.signal, jnp.exp(unknowns[2])
     if task.levels is not None:
-        side = vector_side(v, task.penalty, task.levels)
+        side = vector_side(v, task.penalty, jnp.asarray(task.levels))
         s = jnp.sqrt(s**2 + (unknowns[1] / side.signal) ** 2 * task.signal * side.bent)
     return s**2 + m**2 / task.signal, m, v, s
 
@@ -83,7 +83,7 @@ def squared_spread(unknowns: Array, task: Task) -> Array:
     if task.levels is None:
         return jnp.ones(())
     v = jnp.exp(unknowns[2])
-    return vector_side(v, task.penalty, task.levels).noise / v**2
+    return vector_side(v, task.penalty, jnp.asarray(task.levels)).noise / v**2
 
 
 def _center(point: _Point, fields: LinearFields | SoftmaxFields, task: Task) -> Array:
@@ -141,20 +141,22 @@ def _rows(x: Array, output: Callable[[_Point], _Output], task: Task, held: Array
     gain, stiffness = m_hat * v - m / q0, 1 - v * R
     # φ with the conjugates eliminated, linear in the node averages
     potential = alpha * (0.5 * v * out.force_square + out.train_error)
+    strength: float | Array = q0
     if task.levels is None:
         potential += task.penalty * q - s**2 / (2 * v)
     else:
-        side = vector_side(v, task.penalty, task.levels)
+        side = vector_side(v, task.penalty, jnp.asarray(task.levels))
         own_noise, m_own = jnp.exp(2 * x[0]) / side.noise, x[1] / side.signal  # q̂ and m̂
         growth = q_hat * side.noise / jnp.exp(2 * x[0]) - 1
         gain, stiffness = m_hat * side.signal - m / q0, v * (side.v_hat - v_hat)
         potential += m_own * m / 2 - side.v_hat * q / 2
         # of w instead of w̃
-        q0 = q0 / side.mean
-        q, m = q0 * m_own**2 * side.noise + own_noise * side.own_noise, m_own * q0 * v
+        strength = q0 / side.mean
+        q = strength * m_own**2 * side.noise + own_noise * side.own_noise
+        m = m_own * strength * v
     rows = [jnp.where(held[0], ZERO_SPREAD - x[0], growth)]
     rows += [jnp.where(held[1], -x[1], gain), stiffness]
-    overlap = jnp.abs(m) / jnp.sqrt(q * q0)
+    overlap = jnp.abs(m) / jnp.sqrt(q * strength)
     rows += [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
     rows += [out.train_error, response - alpha / v * out.stein, response, growth]
     return jnp.stack([jnp.broadcast_to(row, growth.shape) for row in rows], axis=1)
@@ -231,7 +233,7 @@ def _growth(
     along = jnp.sum(omega * fields.signal, 0) * jnp.sum(fields.signal * force, 0) / task.signal
     term = fields.share * (along - jnp.sum(omega * force, 0))
     if task.levels is not None:
-        v = vector_side(v, task.penalty, task.levels).signal
+        v = vector_side(v, task.penalty, jnp.asarray(task.levels)).signal
     return task.samples * v / q * block_means(term, blocks)[:, None]
 
 

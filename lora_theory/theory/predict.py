@@ -327,8 +327,8 @@ def pretraining_prediction(
     collapsed = values["Q"] < _COLLAPSED
     status = root.status(*_jump_mass(root), discretisation.tolerance)
     nothing = np.zeros_like(weights.Q)
-    of_blocks = (np.broadcast_to(part, nothing.shape) for part in weights.trained[:2])
-    at = OrderParameters(*of_blocks, nothing, nothing)
+    Q, M = (np.broadcast_to(part, nothing.shape) for part in weights.trained[:2])
+    at = OrderParameters(Q, M, nothing, nothing)
     law = Errors(
         problem.activation, problem.tokens, Constants.of(problem).label_variance,
         blocks=len(nothing), seed=discretisation.seed,

@@ -19,15 +19,15 @@ from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.branches import FrozenWeights
 from lora_theory.theory.correlated import (
     CorrelatedTokens,
-    CorrelatedWishart,
     correlated_tail,
+    teacher_square,
     threshold_of,
 )
 from lora_theory.theory.training_fields import Trained
 from lora_theory.theory.units import Units
 from lora_theory.theory.weights import Constants, weights_at
 
-__all__ = ["DRAWN_SIZE", "drawn_weights", "used_weights"]
+__all__ = ["DRAWN_SIZE", "compressed_draw", "drawn_weights", "used_weights"]
 
 #: Of the matrices that are drawn, about: their order parameters are those of D → ∞ up to 1/n.
 DRAWN_SIZE = 640
@@ -94,24 +94,20 @@ def used_weights(
         ProblemError: re-used sequences with a compression whose response is not known.
     """
     constants, covariance, stage = Constants.of(problem), problem.covariance, problem.compression
-    kind = constants.regularizer
+    kind = constants.correlated
     assert covariance is not None
-    assert problem.teacher_rank is not None
-    assert isinstance(kind, CorrelatedTokens)
+    assert kind is not None
     scale = constants.teacher_scale
     Q, M, V = np.array([weights_at(x, constants).values[:3] for x in at]).T
-    later = CorrelatedWishart(problem.teacher_rank, covariance.later)
     noise = Units.of(problem).teacher ** 2 * problem.label_noise / 2
-    variance = scale**2 * float(later.moments()[1]) + noise
-    before = Trained(Q, M, V, Q)
+    variance = scale**2 * teacher_square(kind.rank, covariance.later) + noise
+    before: Trained | None = None
     spectral = stage is None or stage.whitening == "two_sided"
     if not covariance.shifts and spectral:
-        if stage is None:
-            before = None
-        else:
-            left = [_truncated(x, scale, kind, stage.rank) for x in at]
-            Q, M, V = np.array(left).T
-            before = before._replace(cross=Q)
+        if stage is not None:
+            left = np.array([_truncated(x, scale, kind, stage.rank) for x in at]).T
+            before = Trained(Q, M, V, cross=left[0])
+            Q, M, V = left
     else:
         if problem.finetuning is not None and problem.finetuning.reused:
             raise ProblemError(
@@ -125,7 +121,7 @@ def used_weights(
             for block, x in enumerate(points.tolist())
         ]
         ratios = np.array([_ratios(drawn, stage, covariance.later) for drawn in draws]).T
-        before = before._replace(cross=Q * ratios[2])
+        before = Trained(Q, M, V, cross=Q * ratios[2])
         Q, M, V = Q * ratios[0], M * ratios[1], np.full(blocks, math.nan)
     return FrozenWeights(
         Q, M, V, variance, problem.rescaling, noise, before, np.array(covariance.later)
@@ -141,7 +137,7 @@ def _truncated(
     return found.Q, found.M, found.V
 
 
-def _compressed(
+def compressed_draw(
     S: Float[np.ndarray, "n n"],
     stage: Compression,
     c: Float[np.ndarray, " n"],
@@ -171,7 +167,7 @@ def _ratios(
     """
     S, S0, c = drawn
     after = np.repeat(np.array(later), len(c) // len(later))
-    left = S if stage is None else _compressed(S, stage, c, after)
+    left = S if stage is None else compressed_draw(S, stage, c, after)
 
     def overlap(A: np.ndarray, B: np.ndarray, weights: np.ndarray) -> float:
         return float(weights @ (A * B) @ weights)

@@ -19,9 +19,9 @@ from lora_theory.laws import Law, law_of
 from lora_theory.problem import Problem
 from lora_theory.theory.correlated import (
     CorrelatedTokens,
-    CorrelatedWishart,
     correlated_tail,
     correlated_weights,
+    teacher_square,
 )
 from lora_theory.theory.regularizers import (
     Frobenius,
@@ -59,22 +59,18 @@ class Constants(NamedTuple):
 
     samples: float  # α
     label_variance: float  # Q0 + Δ/2, variance of z^y
-    law: Law | CorrelatedWishart  # of S0 …
+    law: Law  # of S0 …
     teacher_scale: float  # … which is multiplied by τ0
-    regularizer: Regularizer | Separable | CorrelatedTokens
+    regularizer: Regularizer | Separable
+    correlated: CorrelatedTokens | None = None  # in place of both, of tokens with a covariance
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
         """The constants of ``problem``."""
         stage, units = problem.pretraining, Units.of(problem)
-        law: Law | CorrelatedWishart = law_of(problem)
-        kind: Regularizer | Separable | CorrelatedTokens
-        if problem.covariance is not None:
-            assert problem.teacher_rank is not None
-            penalty = math.sqrt(stage.rank) * stage.penalty / units.student
-            law = CorrelatedWishart(problem.teacher_rank, problem.covariance.eigenvalues)
-            kind = CorrelatedTokens(penalty, *law)
-        elif stage.regularizer == "weight_decay":
+        law = law_of(problem)
+        kind: Regularizer | Separable
+        if stage.regularizer == "weight_decay":
             kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
             if stage.rank < 1:
                 kind = NarrowFactor(kind, stage.rank)
@@ -85,13 +81,22 @@ class Constants(NamedTuple):
         else:
             assert stage.function is not None
             kind = Separable(stage.function, stage.penalty, units.student)
-        variance = float(law.moments()[1]) + problem.label_noise / 2
-        return cls(stage.samples, units.teacher**2 * variance, law, units.teacher, kind)
+        square, correlated = float(law.moments()[1]), None
+        if problem.covariance is not None:
+            assert problem.teacher_rank is not None
+            rank, levels = problem.teacher_rank, problem.covariance.eigenvalues
+            penalty = math.sqrt(stage.rank) * stage.penalty / units.student
+            correlated = CorrelatedTokens(penalty, rank, levels)
+            square = teacher_square(rank, levels)
+        variance = units.teacher**2 * (square + problem.label_noise / 2)
+        return cls(stage.samples, variance, law, units.teacher, kind, correlated)
 
     @property
     def channel(self) -> Channel:
         """What the output side needs of them."""
         Q0 = self.teacher_scale**2 * self.law.moments()[1]
+        if self.correlated is not None:
+            Q0 = self.teacher_scale**2 * teacher_square(*self.correlated[1:])
         return Channel(self.samples, self.label_variance, Q0)
 
 
@@ -103,8 +108,8 @@ def weight_potential(
 ) -> Float[Array, ""]:
     """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
     # the others are not traced: weights_at
-    assert not isinstance(constants.regularizer, Separable | CorrelatedTokens)
-    assert not isinstance(constants.law, CorrelatedWishart)
+    assert not isinstance(constants.regularizer, Separable)
+    assert constants.correlated is None
     scale, law = constants.teacher_scale, constants.law
     return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
 
@@ -148,11 +153,10 @@ def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weigh
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
     at, kind = jnp.asarray(unknowns), constants.regularizer
     if isinstance(kind, Separable):
-        assert not isinstance(constants.law, CorrelatedWishart)
         found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
         return Weights(at, *map(jnp.asarray, found))
-    if isinstance(kind, CorrelatedTokens):
-        found = correlated_weights(unknowns, constants.teacher_scale, kind)
+    if constants.correlated is not None:
+        found = correlated_weights(unknowns, constants.teacher_scale, constants.correlated)
         return Weights(at, *map(jnp.asarray, found))
     solved: Weights = _weights_at(at, constants)
     return solved
@@ -176,8 +180,8 @@ class LastWeights:
 @quickly_compiled()
 def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
     kind = constants.regularizer
-    assert not isinstance(kind, Separable | CorrelatedTokens)
-    assert not isinstance(constants.law, CorrelatedWishart)
+    assert not isinstance(kind, Separable)
+    assert constants.correlated is None
     Q_hat, M_hat, _ = jnp.exp(unknowns)
     at = Q_hat, constants.teacher_scale * M_hat, constants.law
     return kind.learned_rank(*at), *kind.dead_zone(*at)
@@ -196,11 +200,10 @@ def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
     """What is kept at log(Q̂, M̂, V̂)."""
     kind = constants.regularizer
     if isinstance(kind, Separable):
-        assert not isinstance(constants.law, CorrelatedWishart)
         nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
         return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
-    if isinstance(kind, CorrelatedTokens):  # y of Y', which contains the penalty
-        share = correlated_tail(unknowns, constants.teacher_scale, kind).share
+    if constants.correlated is not None:  # y of Y', which contains the penalty
+        share = correlated_tail(unknowns, constants.teacher_scale, constants.correlated).share
         return Kept(share, (-math.inf, 0.0), (0.0,), False)
     rank, low, high = map(float, _kept_at(jnp.asarray(unknowns), constants))
     corners = tuple(y for y in (low, high) if math.isfinite(y) and low < high)
