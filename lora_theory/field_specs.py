@@ -60,8 +60,8 @@ def validate(part: Any, prefix: str) -> None:
             object.__setattr__(part, name, _numbers(value, allows, complaint))
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise complaint
-        elif name == "tokens":
-            if not isinstance(value, numbers.Integral) or value < 1:
+        elif name in _INTEGERS:
+            if not isinstance(value, numbers.Integral) or not _INTEGERS[name](int(value)):
                 raise complaint
             object.__setattr__(part, name, int(value))
         else:
@@ -86,6 +86,13 @@ _LISTS: dict[str, Callable[[Iterable[float]], bool]] = {
     "teacher.eigenvalues": any, "teacher.spikes": all,
     "covariance.eigenvalues": _positive, "covariance.shifted": _positive,
 }  # fmt: skip
+
+
+#: Fields that hold an integer, and which of them they allow.
+_INTEGERS: dict[str, Callable[[int], bool]] = {
+    "tokens": lambda value: value >= 1,
+    "degree": lambda value: value in (1, 3, 5, 7, 9),
+}
 
 
 def _numbers(

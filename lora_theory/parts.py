@@ -90,12 +90,16 @@ class Pretraining:
     rank: float = spec("κ", "width of the trained factor, P/D", "> 0", default=1.0)
     regularizer: str = spec(
         "",
-        "λ‖W‖²_F on the factor, or on an unfactorised symmetric S with eigenvalues s: "
-        "(λD/2)‖S‖²_F, λD‖S‖_* or λD ΣR(s)",
-        '"weight_decay", "frobenius", "nuclear_norm" or "separable"',
+        "λ‖W‖²_F or λ√D‖W‖_* on the factor, or λ‖W̃‖²_F on that of W = σ̂ g_d(W̃/σ̂); on an "
+        "unfactorised symmetric S with eigenvalues s: (λD/2)‖S‖²_F, λD‖S‖_* or λD ΣR(s)",
+        '"weight_decay", "low_rank_decay", "preconditioned", "frobenius", "nuclear_norm" or '
+        '"separable"',
         default="weight_decay",
-        choices=("weight_decay", "frobenius", "nuclear_norm", "separable"),
-    )
+        choices=(
+            "weight_decay", "low_rank_decay", "preconditioned", "frobenius", "nuclear_norm",
+            "separable",
+        ),
+    )  # fmt: skip
     function: str | None = spec(
         "R(s)",
         'the function of the separable penalty, as "abs(s)**1.5 + s**2/2"',
@@ -104,13 +108,20 @@ class Pretraining:
         default=None,
         expression=lambda text: fault_as_penalty(Expression(text)),
     )
+    degree: int | None = spec(
+        "d", "degree of the preconditioning polynomial g_d", "1, 3, 5, 7 or 9", default=None
+    )
+    scale: float | None = spec(
+        "ŝ", "its fixed scale, as an eigenvalue of S: σ̂²/√(PD)", "> 0", default=None
+    )
 
     def __post_init__(self) -> None:
         validate(self, "pretraining.")
-        refuse_misplaced(
-            self, "pretraining.", "function", "pretraining.regularizer", self.regularizer,
-            "separable",
-        )  # fmt: skip
+        for name, wanted in (
+            ("function", "separable"), ("degree", "preconditioned"), ("scale", "preconditioned")
+        ):  # fmt: skip
+            switch = "pretraining.regularizer", self.regularizer
+            refuse_misplaced(self, "pretraining.", name, *switch, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,15 @@ __all__ = [
     "as_matrix",
     "cross_terms",
     "effective_noise",
+    "learned_rank",
     "matrix_overlaps",
     "sampled_errors",
     "vector_overlaps",
 ]
 
+
+#: Smaller eigenvalues, next to the largest, count as 0.
+_VISIBLE = 1e-3
 
 Matrix = Float[np.ndarray, "D D"]
 Vector = Float[np.ndarray, " D"]
@@ -45,6 +49,12 @@ def matrix_overlaps(S: Matrix, S0: Matrix) -> Numbers:
     Q, M, Q0 = (float(np.sum(left * right)) / len(S) for left, right in ((S, S), (S, S0), (S0, S0)))
     overlap = M / math.sqrt(Q * Q0) if Q > NOTHING_LEARNT else 0.0
     return {"Q": Q, "M": M, "Q0": Q0, "overlap": overlap}
+
+
+def learned_rank(S: Matrix) -> float:
+    """The share of eigenvalues above 10⁻³ of the largest; smaller ones are on their way to 0."""
+    sizes = np.abs(np.linalg.eigvalsh(S))
+    return float(np.mean(sizes > _VISIBLE * max(sizes.max(), NOTHING_LEARNT)))
 
 
 def effective_noise(Q: float, M: float, Q0: float, label_noise: float) -> Numbers:

@@ -30,7 +30,7 @@ from lora_theory.simulation.data import run_key
 from lora_theory.simulation.fields import Symmetric, Weights, centred_fields
 from lora_theory.simulation.finetuning import FinetuningData, finetuning_data, random_start
 from lora_theory.simulation.measure import as_matrix
-from lora_theory.simulation.minimise import minimise, student
+from lora_theory.simulation.minimise import Form, minimise, student
 from lora_theory.simulation.passing import (
     FinetuningSystem,
     PretrainingSystem,
@@ -216,10 +216,8 @@ class _Limits(NamedTuple):
 
 def _descended(problem: Problem, data: PretrainingData) -> Weights:
     """The weights of the descent of ``simulate``, closer to the minimum."""
-    form, limits = problem.pretraining.regularizer, (_DESCENT_TOLERANCE, _DESCENT_STEPS)
-    kind: Any = {
-        "activation": problem.activation, "form": form, "function": problem.pretraining.function,
-    }  # fmt: skip
+    form, limits = Form.of(problem.pretraining), (_DESCENT_TOLERANCE, _DESCENT_STEPS)
+    kind: Any = {"activation": problem.activation, "form": form}
     return student(
         minimise(pretraining_task(data, problem), data.start, *limits, **kind).weights, form
     )

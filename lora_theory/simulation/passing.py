@@ -31,7 +31,7 @@ from lora_theory.theory.proximal import (
     softmax_lora_starts,
 )
 from lora_theory.theory.regularizers import Regularizer
-from lora_theory.theory.separable import Separable
+from lora_theory.theory.separable import Numerical
 
 __all__ = [
     "FinetuningSystem",
@@ -57,7 +57,7 @@ class PretrainingSystem(NamedTuple):
     spreads: Float[Array, "n n N"]  # covariance of z given X at Tr S²/D = 1, with mean I
     teacher: Float[Array, "D D"]  # S0
     label_variance: Float[Array, ""]  # Q_y
-    regularizer: Regularizer | Separable  # which makes f(Y)/V̂ of Y …
+    regularizer: Regularizer | Numerical  # which makes f(Y)/V̂ of Y …
     columns: Integer[Array, ""]  # … and keeps so many of the largest eigenvalues
 
     @classmethod
@@ -67,7 +67,7 @@ class PretrainingSystem(NamedTuple):
         logits: Float[Array, "N T T"],
         teacher: Float[Array, "D D"],
         label_noise: float,
-        regularizer: Regularizer | Separable,
+        regularizer: Regularizer | Numerical,
         columns: int,
         activation: str,
     ) -> PretrainingSystem:

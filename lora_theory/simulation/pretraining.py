@@ -35,15 +35,19 @@ def pretraining_data(
     """Teacher, sequences, noisy teacher fields and the start of the descent.
 
     The start is a factor with iid N(0, 1) entries, which gives S eigenvalues of order one, as the
-    teacher's; the unfactorised S of the Frobenius and separable penalties starts at 0.
+    teacher's, before a polynomial scaled to singular values up to σ̂/4; the unfactorised S of the
+    Frobenius and separable penalties starts at 0.
     """
     dim, own = sizes.dim, Draw.PRETRAINING_START.key(key)
     teacher = draw_teacher(key, problem, sizes, dtype)
-    columns = {"weight_decay": sizes.student_rank, "nuclear_norm": 2 * dim}
-    regularizer = problem.pretraining.regularizer
-    start = draw_normal(own, (dim, columns.get(regularizer, dim)), dtype)
-    if regularizer in ("frobenius", "separable"):
+    stage = problem.pretraining
+    columns = {"nuclear_norm": 2 * dim, "frobenius": dim, "separable": dim}
+    start = draw_normal(own, (dim, columns.get(stage.regularizer, sizes.student_rank)), dtype)
+    if stage.regularizer in ("frobenius", "separable"):
         start = jnp.zeros_like(start)
+    if stage.scale is not None:
+        P = start.shape[1]
+        start = start * (stage.scale**0.5 * start.size**0.25 / 4 / (dim**0.5 + P**0.5))
     sequences, noise = draw_sequences(
         Draw.PRETRAINING_SEQUENCES.key(key), sizes.pretraining_sequences, sizes.tokens, dim, dtype
     )

@@ -1,6 +1,6 @@
-"""Training of an unfactorised symmetric S with a penalty λD Σ R(s_i) on its eigenvalues.
+"""Training with a penalty on the eigenvalues of a symmetric S, or the singular values of a factor.
 
-R may have kinks and need not be convex: accelerated proximal gradient descent (Beck and Teboulle,
+It may have kinks and need not be convex: accelerated proximal gradient descent (Beck and Teboulle,
 SIAM J. Imaging Sci. 2, 2009), with a step found by backtracking and the momentum dropped where it
 leads uphill (O'Donoghue and Candès, Found. Comput. Math. 15, 2015).
 """
@@ -18,7 +18,10 @@ from jaxtyping import Array, Bool, Float, Integer
 from lora_theory.expression import Expression
 from lora_theory.theory.separable import scalar_proximal
 
-__all__ = ["ProximalEnd", "proximal_descent"]
+__all__ = ["ProximalEnd", "nuclear_proximal", "proximal_descent", "spectral_proximal"]
+
+#: At a step η: the minimiser of ‖W' − W‖²/2η + penalty, and the penalty there.
+Proximal = Callable[[Array, Array], tuple[Array, Array]]
 
 #: The step may grow by this factor per iteration, and is halved until the loss is bounded by its
 #: quadratic model, at most so often.
@@ -30,18 +33,18 @@ _SMALLEST = 1e-3
 class ProximalEnd(NamedTuple):
     """Where the descent stopped."""
 
-    weights: Float[Array, "D D"]
+    weights: Float[Array, "D P"]
     data_loss: Float[Array, ""]
-    penalty: Float[Array, ""]  # λD Σ R(s_i)
+    penalty: Float[Array, ""]
     relative_gradient: Float[Array, ""]
     iterations: Integer[Array, ""]
 
 
 class _State(NamedTuple):
-    weights: Float[Array, "D D"]
+    weights: Float[Array, "D P"]
     data_loss: Float[Array, ""]
     penalty: Float[Array, ""]
-    ahead: Float[Array, "D D"]  # with the momentum
+    ahead: Float[Array, "D P"]  # with the momentum
     momentum: Float[Array, ""]
     step: Float[Array, ""]
     relative_gradient: Float[Array, ""]
@@ -50,34 +53,48 @@ class _State(NamedTuple):
     since_lowest: Integer[Array, ""]
 
 
+def spectral_proximal(function: str, strength: Float[Array, ""]) -> Proximal:
+    """Of c Σ R(s_i) on the eigenvalues of a symmetric S, R an expression of s."""
+    R = Expression(function)
+
+    def proximal(S: Array, step: Array) -> tuple[Array, Array]:
+        levels, vectors = jnp.linalg.eigh(S)
+        kept = scalar_proximal(function, levels, 2 * step * strength)
+        return (vectors * kept) @ vectors.T, strength * jnp.sum(R(kept, jnp))
+
+    return proximal
+
+
+def nuclear_proximal(strength: Float[Array, ""]) -> Proximal:
+    """Of c‖W‖_*: singular values are lowered by cη, those below vanish."""
+
+    def proximal(W: Array, step: Array) -> tuple[Array, Array]:
+        left, sigma, right = jnp.linalg.svd(W, full_matrices=False)
+        kept = jnp.maximum(sigma - step * strength, 0.0)
+        return (left * kept) @ right, strength * jnp.sum(kept)
+
+    return proximal
+
+
 def proximal_descent(
-    loss: Callable[[Float[Array, "D D"]], Float[Array, ""]],
-    function: str,
-    strength: Float[Array, ""],
-    start: Float[Array, "D D"],
+    loss: Callable[[Float[Array, "D P"]], Float[Array, ""]],
+    proximal: Proximal,
+    start: Float[Array, "D P"],
     tolerance: Float[Array, ""],
     max_iterations: Integer[Array, ""],
     patience: int,
 ) -> ProximalEnd:
-    """The minimum of loss(S) + c Σ R(s_i) over symmetric S, to be traced.
+    """A local minimum of loss(W) and a penalty, to be traced.
 
-    It stops where the generalised gradient (S − prox(S − η∇loss))/η is ``tolerance`` times ∇loss,
+    It stops where the generalised gradient (W − prox(W − η∇loss))/η is ``tolerance`` times ∇loss,
     after ``max_iterations``, or where nothing is lowered ``patience`` times.
 
     Args:
-        loss: of a symmetric S. function: R as an expression of s. strength: c = λD.
-        start: S. tolerance, max_iterations, patience: when it stops.
+        loss: of W, or of a symmetric S. proximal: of the penalty. start: W.
+        tolerance, max_iterations, patience: when it stops.
     """
     value_and_grad = jax.value_and_grad(loss)
-    R = Expression(function)
-    start = (start + start.T) / 2
     first = jnp.linalg.norm(jax.grad(loss)(start))
-
-    def proximal(S: Array, step: Array) -> tuple[Array, Array]:
-        """The minimiser of ‖S' − S‖²/2η + c Σ R, and c Σ R there."""
-        levels, vectors = jnp.linalg.eigh(S)
-        kept = scalar_proximal(function, levels, 2 * step * strength)
-        return (vectors * kept) @ vectors.T, strength * jnp.sum(R(kept, jnp))
 
     def advance(state: _State) -> _State:
         value, gradient = value_and_grad(state.ahead)

@@ -37,6 +37,7 @@ class PretrainingRuns:
     Q: Estimate  #: Tr S²/D
     M: Estimate  #: Tr S S₀/D
     overlap: Estimate  #: M/√(Q Q₀), Q₀ measured
+    learned_rank: Estimate  #: share of the eigenvalues of Ŝ above 10⁻³ of the largest
     test_error: Estimate  #: E
     train_error: Estimate  #: mean loss per training sequence, penalty excluded
     objective: Estimate  #: L/D² with its penalty

@@ -18,11 +18,14 @@ from lora_theory.simulation.measure import (
     as_matrix,
     cross_terms,
     effective_noise,
+    learned_rank,
     matrix_overlaps,
     sampled_errors,
     vector_overlaps,
 )
 from lora_theory.simulation.minimise import (
+    FACTOR,
+    Form,
     Minimum,
     Task,
     minimise,
@@ -88,9 +91,8 @@ def pretrained_weights(
         return data, [minimum for minimum, _ in sampled], [weights for _, weights in sampled]
     data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
     tasks = [pretraining_task(run, problem) for run in data]
-    form, function = problem.pretraining.regularizer, problem.pretraining.function
-    starts = [run.start for run in data]
-    pretrained = descend(tasks, starts, problem, effort, form, function)
+    form, starts = Form.of(problem.pretraining), [run.start for run in data]
+    pretrained = descend(tasks, starts, problem, effort, form)
     trained = [
         minimum.weights if run.scale is None else minimum.weights / run.scale
         for run, minimum in zip(data, pretrained, strict=True)
@@ -131,7 +133,9 @@ def measured(
     )
     S, S0 = as_matrix(frozen_seen), as_matrix(later_teacher)
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
-    overlaps = matrix_overlaps(as_matrix(trained), as_matrix(teacher))
+    trained_matrix = S if frozen_seen is trained else as_matrix(trained)
+    overlaps = matrix_overlaps(trained_matrix, as_matrix(teacher))
+    overlaps["learned_rank"] = learned_rank(trained_matrix)
     used = matrix_overlaps(S, S0)
     # C'^{-1/2} from what the logits see to w itself
     own = np.ones(sizes.dim) if later is None else 1 / _double(later)[:, 0]
@@ -214,12 +218,11 @@ def descend(
     starts: Sequence[Array],
     problem: Problem,
     effort: Effort,
-    form: str = "weight_decay",
-    function: str | None = None,
+    form: Form = FACTOR,
 ) -> list[Minimum]:
     """One descent per run, all in one batch."""
     limits = effort.gradient_tolerance, effort.max_iterations
-    kind: Any = {"activation": problem.activation, "form": form, "function": function}
+    kind: Any = {"activation": problem.activation, "form": form}
     if len(tasks) == 1:
         return [minimise(tasks[0], starts[0], *limits, **kind)]
     together = jax.tree.map(lambda *parts: jnp.stack(parts), *tasks)

@@ -1,7 +1,7 @@
-"""A penalty λD Σ R(s_i) on the eigenvalues of an unfactorised symmetric S, R given by the user.
+"""Penalties on the eigenvalues of S whose weight side is integrated numerically.
 
-s(y) = argmin_s V̂s²/4 − ys/2 + λR(s) is found numerically, the global minimum, and integrated over
-the law of Y = M̂S0 + √Q̂Z between the places where it has a corner or jumps:
+s(y) = argmin_s V̂s²/4 − ys/2 + λR(s), the global minimum, is integrated over the law of
+Y = M̂S0 + √Q̂Z between the places where it has a corner or jumps:
 
     Q = ∫s²,  V = 2∫s Re G,  M = (∫ys − Q̂V)/M̂,  Ψ = −∫min_s{V̂s²/4 − ys/2 + λR(s)}
 
@@ -27,7 +27,8 @@ from lora_theory.theory.bands import edge, real_bands
 from lora_theory.theory.law_nodes import law_nodes
 
 __all__ = [
-    "Separable", "SeparableNodes", "scalar_proximal", "separable_nodes", "separable_weights",
+    "Numerical", "Separable", "SeparableNodes", "scalar_proximal", "separable_nodes",
+    "separable_weights",
 ]  # fmt: skip
 
 Grid = Float[np.ndarray, " n"]
@@ -58,19 +59,36 @@ _FAR = 20.0
 _ZERO, _NARROW = 1e-12, 1e-5
 
 
+class Numerical:
+    """A penalty by its minimiser s(y), which may jump."""
+
+    def shrink(self, y: Float[Array, "..."], V_hat: Float[Array, ""]) -> Float[Array, "..."]:
+        """s(y) = argmin_s V̂s²/4 − ys/2 + λR(s); differentiable, but blind to its jumps."""
+        raise NotImplementedError
+
+    def lowest(
+        self, y: Float[Array, "..."], s: Float[Array, "..."], V_hat: Float[Array, ""]
+    ) -> Float[Array, "..."]:
+        """V̂s²/4 − ys/2 + λR(s) at s = s(y)."""
+        raise NotImplementedError
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["penalty", "unit"], meta_fields=["function"]
 )
 @dataclass(frozen=True)
-class Separable:
-    """λD Σ R(s_i/u), R an :class:`~lora_theory.expression.Expression`, u the unit of s."""
+class Separable(Numerical):
+    """λD Σ R(s_i/u) on a symmetric S, R an :class:`~lora_theory.expression.Expression`.
+
+    u is the unit of s.
+    """
 
     function: str
     penalty: float | Array
     unit: float | Array = 1.0
 
     def shrink(self, y: Float[Array, "..."], V_hat: Float[Array, ""]) -> Float[Array, "..."]:
-        """s(y) = argmin_s V̂s²/4 − ys/2 + λR(s); differentiable, but blind to its jumps."""
+        """s(y)."""
         found = scalar_proximal(
             self.function,
             jnp.ravel(y) / (V_hat * self.unit),
@@ -78,10 +96,12 @@ class Separable:
         )
         return self.unit * found.reshape(jnp.shape(y))
 
-    def value(self, s: Float[Array, "..."]) -> Float[Array, "..."]:
-        """λR(s)."""
+    def lowest(
+        self, y: Float[Array, "..."], s: Float[Array, "..."], V_hat: Float[Array, ""]
+    ) -> Float[Array, "..."]:
+        """V̂s²/4 − ys/2 + λR(s/u)."""
         values: Array = self.penalty * Expression(self.function)(s / self.unit, jnp)
-        return values
+        return V_hat * s**2 / 4 - y * s / 2 + values
 
 
 @functools.lru_cache(maxsize=256)
@@ -172,10 +192,10 @@ def scalar_proximal(
 
 
 @quickly_compiled()
-def _shrunk(y: Array, V_hat: Array, kind: Separable) -> tuple[Array, Array, Array]:
+def _shrunk(y: Array, V_hat: Array, kind: Numerical) -> tuple[Array, Array, Array]:
     """s(y), its slope, and min_s V̂s²/4 − ys/2 + λR(s)."""
     s, slope = jax.jvp(lambda y: kind.shrink(y, V_hat), (y,), (jnp.ones_like(y),))
-    return s, slope, V_hat * s**2 / 4 - y * s / 2 + kind.value(s)
+    return s, slope, kind.lowest(y, s, V_hat)
 
 
 class SeparableNodes(NamedTuple):
@@ -219,7 +239,7 @@ class SeparableNodes(NamedTuple):
 
 
 def separable_nodes(
-    unknowns: Float[np.ndarray, " 3"], law: Law, teacher_scale: float, kind: Separable
+    unknowns: Float[np.ndarray, " 3"], law: Law, teacher_scale: float, kind: Numerical
 ) -> SeparableNodes:
     """Nodes of the law of Y, fine towards the corners of s, at log(Q̂, M̂, V̂)."""
     Q_hat, M_hat, V_hat = np.exp(unknowns)
@@ -240,7 +260,7 @@ def separable_nodes(
 
 
 def _corners(
-    low: float, high: float, V_hat: float, kind: Separable, edges: Grid
+    low: float, high: float, V_hat: float, kind: Numerical, edges: Grid
 ) -> tuple[Grid, Float[np.ndarray, "corners 2"]]:
     """Where s(y) bends most, kinks and jumps among these places, and s on both sides of them."""
 
@@ -278,7 +298,7 @@ def _corners(
 
 
 def separable_weights(
-    unknowns: Float[np.ndarray, " 3"], law: Law, teacher_scale: float, kind: Separable
+    unknowns: Float[np.ndarray, " 3"], law: Law, teacher_scale: float, kind: Numerical
 ) -> tuple[Float[np.ndarray, " 4"], Float[np.ndarray, "4 3"]]:
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂), and their slopes.
 

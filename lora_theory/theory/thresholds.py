@@ -23,7 +23,7 @@ from lora_theory.theory.nodes import Discretisation
 from lora_theory.theory.predict import check_predictable
 from lora_theory.theory.regularizers import Frobenius, NarrowFactor, NuclearNorm, WeightDecay
 from lora_theory.theory.roots import standard_error
-from lora_theory.theory.separable import Separable
+from lora_theory.theory.separable import Numerical
 from lora_theory.theory.units import Units
 from lora_theory.theory.weights import Constants
 
@@ -174,10 +174,10 @@ def _random_start(problem: Problem, dim: int | None, seeds: int | None, seed: in
 def _interpolation(problem: Problem) -> _Found:
     visible = 2 * field_count(problem.tokens, problem.activation)  # c_T
     constants, share = Constants.of(problem), problem.pretraining.samples * visible
-    if isinstance(constants.regularizer, Separable):
+    if isinstance(constants.regularizer, Numerical):
         why = (
-            'pretraining.regularizer = "separable": its limit λ → 0⁺ is not known; change it to '
-            "weight_decay, frobenius or nuclear_norm"
+            f'pretraining.regularizer = "{problem.pretraining.regularizer}": its limit λ → 0⁺ is '
+            "not known; change it to weight_decay, frobenius or nuclear_norm"
         )
         return _Found({}, dict.fromkeys(_PRETRAINING, why))
     label_variance = float(constants.law.moments()[1]) + problem.label_noise / 2

@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 
 from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law, law_of
-from lora_theory.problem import Problem
+from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory.correlated import (
     CorrelatedTokens,
     correlated_tail,
     correlated_weights,
     teacher_square,
 )
+from lora_theory.theory.parametrised import LowRankDecay, Preconditioned
 from lora_theory.theory.regularizers import (
     Frobenius,
     NarrowFactor,
@@ -30,7 +31,7 @@ from lora_theory.theory.regularizers import (
     Regularizer,
     WeightDecay,
 )
-from lora_theory.theory.separable import Separable, separable_nodes, separable_weights
+from lora_theory.theory.separable import Numerical, Separable, separable_nodes, separable_weights
 from lora_theory.theory.units import Units
 
 __all__ = [
@@ -44,6 +45,10 @@ __all__ = [
     "weight_side",
     "weights_at",
 ]
+
+
+#: Penalties of a factor whose width does not cut the rank.
+_FACTORISED = ("low_rank_decay", "preconditioned")
 
 
 class Channel(NamedTuple):
@@ -61,15 +66,19 @@ class Constants(NamedTuple):
     label_variance: float  # Q0 + Δ/2, variance of z^y
     law: Law  # of S0 …
     teacher_scale: float  # … which is multiplied by τ0
-    regularizer: Regularizer | Separable
+    regularizer: Regularizer | Numerical
     correlated: CorrelatedTokens | None = None  # in place of both, of tokens with a covariance
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
         """The constants of ``problem``."""
-        stage, units = problem.pretraining, Units.of(problem)
-        law = law_of(problem)
-        kind: Regularizer | Separable
+        stage, units, law = problem.pretraining, Units.of(problem), law_of(problem)
+        kind: Regularizer | Numerical
+        if stage.regularizer in _FACTORISED and stage.rank < 1:
+            raise ProblemError(
+                f"pretraining.rank = {stage.rank:g} is not allowed in the theory of "
+                f'pretraining.regularizer = "{stage.regularizer}": it must be at least 1'
+            )
         if stage.regularizer == "weight_decay":
             kind = WeightDecay(math.sqrt(stage.rank) * stage.penalty / units.student)
             if stage.rank < 1:
@@ -78,6 +87,13 @@ class Constants(NamedTuple):
             kind = Frobenius(stage.penalty / units.student**2)
         elif stage.regularizer == "nuclear_norm":
             kind = NuclearNorm(stage.penalty / units.student)
+        elif stage.regularizer == "low_rank_decay":
+            kind = LowRankDecay(stage.rank**0.25 * stage.penalty / math.sqrt(units.student))
+        elif stage.regularizer == "preconditioned":
+            assert stage.degree is not None
+            assert stage.scale is not None
+            scaled = math.sqrt(stage.rank) * stage.penalty * stage.scale
+            kind = Preconditioned(stage.degree, scaled, units.student * stage.scale)
         else:
             assert stage.function is not None
             kind = Separable(stage.function, stage.penalty, units.student)
@@ -108,7 +124,7 @@ def weight_potential(
 ) -> Float[Array, ""]:
     """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
     # the others are not traced: weights_at
-    assert not isinstance(constants.regularizer, Separable)
+    assert not isinstance(constants.regularizer, Numerical)
     assert constants.correlated is None
     scale, law = constants.teacher_scale, constants.law
     return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
@@ -152,7 +168,7 @@ def _weights_at(unknowns: Array, constants: Constants) -> Weights:
 def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weights:
     """(Q, M, V, Ψ) at log(Q̂, M̂, V̂)."""
     at, kind = jnp.asarray(unknowns), constants.regularizer
-    if isinstance(kind, Separable):
+    if isinstance(kind, Numerical):
         found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
         return Weights(at, *map(jnp.asarray, found))
     if constants.correlated is not None:
@@ -180,7 +196,7 @@ class LastWeights:
 @quickly_compiled()
 def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
     kind = constants.regularizer
-    assert not isinstance(kind, Separable)
+    assert not isinstance(kind, Numerical)
     assert constants.correlated is None
     Q_hat, M_hat, _ = jnp.exp(unknowns)
     at = Q_hat, constants.teacher_scale * M_hat, constants.law
@@ -199,7 +215,7 @@ class Kept(NamedTuple):
 def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
     """What is kept at log(Q̂, M̂, V̂)."""
     kind = constants.regularizer
-    if isinstance(kind, Separable):
+    if isinstance(kind, Numerical):
         nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
         return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
     if constants.correlated is not None:  # y of Y', which contains the penalty

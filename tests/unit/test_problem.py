@@ -232,7 +232,7 @@ def test_flat_names_are_those_of_the_specs():
     unset = {spec.name for spec in Problem.specs()} - set(flat)
     assert unset == {
         "teacher.exponent", "teacher.eigenvalues", "teacher.spikes", "pretraining.function",
-        "compression.rank",
+        "pretraining.degree", "pretraining.scale", "compression.rank",
         "finetuning.reused_fraction", "finetuning.noise", "finetuning.selection.pool",
         "finetuning.selection.score", "finetuning.selection.function",
     }  # fmt: skip
