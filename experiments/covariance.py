@@ -1,4 +1,4 @@
-"""Truncation of the trained weights where tokens have a covariance: in which metric, on whose tokens.
+"""Truncation of trained weights where tokens have a covariance: in which metric, on whose tokens.
 
 T = 2, κ0 = Δ = .5, κ = 1, α = .3, α' = 4, λ' = .2, q0 = 1; λ = .1 (linear), .02 (softmax).  The
 eigenvalues of C are spread evenly in log c, of mean 1; those of C' are c^p, made to have mean 1.
@@ -6,7 +6,7 @@ eigenvalues of C are spread evenly in log c, of mean 1; those of C' are c^p, mad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from figure_tools import Experiment, Profile, computed, shade_unstable, solved
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-from lora_theory import Estimate, Finetuning, Pretraining, Problem, predict
+from lora_theory import Compression, Covariance, Estimate, Finetuning, Pretraining, Problem, predict
 from lora_theory.attention import attention
 from lora_theory.compilation import double_precision
-from lora_theory.parts import Compression, Covariance
 from lora_theory.simulation.data import draw_sequences, run_key
 from lora_theory.simulation.fields import Symmetric, centred_fields
 from lora_theory.simulation.measure import as_matrix
@@ -64,7 +64,9 @@ OBJECTIVES = {"none": "①", "two_sided": "②", "shifted": "③", "anchored": "
 #: What is varied: the methods, and the values of the lines and of the points.
 VARIED = {
     "condition": (
-        ("whole", "two_sided", "one_sided", "none"), (1.0, 3.0, 10.0, 30.0, 100.0), (1.0, 10.0, 100.0),
+        ("whole", "two_sided", "one_sided", "none"),
+        (1.0, 3.0, 10.0, 30.0, 100.0),
+        (1.0, 10.0, 100.0),
     ),
     "rank": (
         ("whole", "two_sided", "one_sided", "none"), (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3),
@@ -108,7 +110,7 @@ def cases(profile: Profile, *, simulated: bool) -> Iterator[tuple[str, dict[str,
     """Methods and places, each once."""
     seen = set()
     for name, (methods, lines, points) in VARIED.items():
-        values = points if simulated else profile.pick(quick=points, full=lines)
+        values = profile.pick(quick=points[::2], full=points if simulated else lines)
         for value in values:
             for method in methods:
                 at = BASE | {name: value}
@@ -166,12 +168,11 @@ def predicted_distortions(asked: Problem, size: int, draws: int) -> dict[str, tu
             after = np.repeat(asked.covariance.later, len(c) // LEVELS)
             left = compressed_draw(S, asked.compression, c, after)
             both = np.sqrt(c * after)
+            pairs = [(S, S, c), (S, S, after), (left, left, after), (left, S, after)]
+            pairs.append((left, S, both))
             Q, Q_later, Q_left, cross, anchored = (
-                float(weight @ (A * B) @ weight) / len(c)
-                for A, B, weight in (
-                    (S, S, c), (S, S, after), (left, left, after), (left, S, after), (left, S, both),
-                )
-            )  # fmt: skip
+                float(weight @ (A * B) @ weight) / len(c) for A, B, weight in pairs
+            )
             parts.append(
                 [
                     distortion(asked, Q_later, cross, Q_left),
@@ -259,7 +260,7 @@ PANELS = (
     ("condition", "distortion", "condition number of $C$", "distortion of the attention"),
     ("condition", "test_error", "condition number of $C$", "test error $E'$"),
     ("rank", "test_error", r"share kept $\rho_r$", "test error $E'$"),
-    ("power", "test_error", "exponent $p$ of $C'=C^p$", "test error $E'$"),
+    ("power", "test_error", "$p$ of $C'=C^p$", "test error $E'$"),
 )
 
 
@@ -274,10 +275,12 @@ def draw(table: pd.DataFrame) -> Figure:
             if name != "power":
                 panel.set_xscale("log")
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.yaxis.set_minor_formatter(FuncFormatter(_if_round))
             if row:
                 panel.set_xlabel(axis)
-            panel.set_ylabel(height)
-            panel.set_title(activation if column == 0 else "")
+            panel.set_ylabel(height if column != 3 else "")
+        axes[row, 0].set_title(activation, loc="left")
     axes[0, 2].set_xticks((0.02, 0.05, 0.1, 0.3), ("0.02", "0.05", "0.1", "0.3"))
     axes[0, 2].set_xticks([], minor=True)
     axes[0, 3].set_xlim(1.1, -1.1)
@@ -285,9 +288,19 @@ def draw(table: pd.DataFrame) -> Figure:
     for panel in (axes[0, 1], axes[0, 3]):
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=6, handlelength=2.6
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=6,
+        handlelength=2.4,
+        columnspacing=1.4,
     )
     return figure
+
+
+def _if_round(y: float, _: int) -> str:
+    """Labels of 2, 3 and 5 alone between the powers of ten."""
+    return f"{y:g}" if f"{y:e}"[0] in "235" else ""
 
 
 def _draw_line(panel: Any, part: pd.DataFrame, name: str, observable: str, method: str) -> None:
@@ -334,42 +347,44 @@ def value_of(
 
 def caption(table: pd.DataFrame) -> str:
     simulated = table[table["source"] == "simulation"]
+
+    def numbers(activation: str, observable: str, methods: Mapping[str, str], **at: float) -> str:
+        found = (
+            (name, value_of(table, "theory", activation, method, observable, **at))
+            for method, name in methods.items()
+        )
+        return ", ".join(f"{name} {Estimate(*value, 1)}" for name, value in found)
+
+    ways = {method: METHODS[method].label for method in ("two_sided", "one_sided", "none")}
     texts = []
     for activation in ("linear", "softmax"):
-        for name, observable, at in (
-            ("distortion", "distortion", {"condition": 100.0}),
-            ("E'", "test_error", {"condition": 100.0}),
-        ):
-            numbers = ", ".join(
-                f"{METHODS[method].label} "
-                f"{Estimate(*value_of(table, 'theory', activation, method, observable, **at), 1)}"
-                for method in ("two_sided", "one_sided", "none")
-            )
-            texts.append(f"{activation}, {name} at condition number 100: {numbers}")
-        numbers = ", ".join(
-            f"{symbol} "
-            f"{Estimate(*value_of(table, 'theory', activation, method, 'test_error', power=0.5), 1)}"
-            for method, symbol in OBJECTIVES.items()
-        )
-        texts.append(f"{activation}, E' at p = 0.5: {numbers}")
+        for symbol, observable in (("distortion", "distortion"), ("E'", "test_error")):
+            values = numbers(activation, observable, ways, condition=100.0)
+            texts.append(f"{activation}, {symbol} at condition number 100: {values}")
+            values = numbers(activation, observable, OBJECTIVES, power=0.5)
+            texts.append(f"{activation}, {symbol} at p = 0.5: {values}")
+        values = numbers(activation, "anchored_distortion", OBJECTIVES, power=0.5)
+        texts.append(f"{activation}, distortion from the old outputs at p = 0.5: {values}")
     lines = table[(table["source"] == "theory") & (table["observable"] == "test_error")]
+    missed = simulated.drop_duplicates(["activation", "method", *BASE])["missed"].sum()
     return (
         "**Figure.** Truncation of the trained weights to rank ρᵣD where tokens have a covariance "
         "C. Distortion of the attention, E‖σ_S' − σ_Ŝ‖², and test error E' after LoRA (label noise "
         "included), against the condition number of C, the share of eigenvalues kept, and the "
-        "exponent p of C' = C^p, the covariance in fine-tuning (p = 1: no shift, p = −1: inverted). "
-        "Truncated are C^{1/2}SC^{1/2} (two-sided), SC^{1/2} (one-sided, then made symmetric), or S "
-        "(none); with C' in place of C; anchored: C'^{-1/2}·trunc(C^{1/2}SC^{1/2})·C'^{-1/2}; ① to "
-        "④: objectives of AA-SVD on the tied factor. Lines: theory; symbols: simulation from w*, "
+        "exponent p of C' = C^p, the covariance in fine-tuning (p = 1: no shift, p = 0: white, "
+        "p = −1: inverted). Truncated are C^{1/2}SC^{1/2} (two-sided), SC^{1/2} (one-sided, then "
+        "made symmetric), or S (none); with C' in place of C; anchored: "
+        "C'^{-1/2}·trunc(C^{1/2}SC^{1/2})·C'^{-1/2}; ① to ④: objectives of AA-SVD on the tied "
+        "factor. Lines: theory; symbols: simulation from w*, "
         f"D = {simulated['dim'].iloc[0]:.0f}, mean ± standard error of "
-        f"{simulated['seeds'].iloc[0]:.0f} seeds; for linear attention the measured O(1/√D) cross "
-        "term is subtracted from E', for softmax it is not; offsets O(1/D) remain. T = 2, κ0 = "
-        "0.5, κ = 1, Δ = 0.5, α = 0.3, λ = 0.1 (linear), 0.02 (softmax), α' = 4, λ' = 0.2, q0 = 1; "
-        "where not varied the condition number is 30, ρᵣ = 0.1, p = 1. Theory: "
-        f"{'; '.join(texts)}. Theory points that are unstable, with a pale band where not against "
-        f"p: {(lines['status'] == 'unstable').sum()}, not converged (left out): "
-        f"{(lines['status'] == 'not_converged').sum()} of {len(lines)}; descents that missed the "
-        f"gradient tolerance: {simulated.drop_duplicates(['activation', 'method', *BASE])['missed'].sum():.0f}."
+        f"{simulated['seeds'].iloc[0]:.0f} seeds, the same teachers and data for all methods; for "
+        "linear attention the measured O(1/√D) cross term is subtracted from E', for softmax it is "
+        "not; offsets O(1/D) remain. T = 2, κ0 = 0.5, κ = 1, Δ = 0.5, α = 0.3, λ = 0.1 (linear), "
+        "0.02 (softmax), α' = 4, λ' = 0.2, q0 = 1; where not varied the condition number is 30, "
+        f"ρᵣ = 0.1, p = 1. Theory: {'; '.join(texts)}. Theory points that are unstable, with a "
+        f"pale band except against p: {(lines['status'] == 'unstable').sum()}, not converged (left "
+        f"out): {(lines['status'] == 'not_converged').sum()} of {len(lines)}; descents that missed "
+        f"the gradient tolerance: {missed:.0f}."
     )
 
 

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_theory import Finetuning, Pretraining, Problem
+from lora_theory import Covariance, Finetuning, Pretraining, Problem
 from lora_theory.compilation import double_precision
-from lora_theory.parts import Covariance
 from lora_theory.simulation.data import run_key
 from lora_theory.simulation.run import Effort, finetuned_runs, pretrained_weights
 from lora_theory.simulation.sizes import Sizes

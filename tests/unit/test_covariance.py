@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from lora_theory import (
+    Compression,
+    Covariance,
     Finetuning,
     Pretraining,
     Problem,
@@ -25,7 +27,6 @@ from lora_theory import (
 )
 from lora_theory.lowrank import Gram, svd_llm
 from lora_theory.lowrank.tied import compress_tied
-from lora_theory.parts import Compression, Covariance
 from lora_theory.simulation.message_passing import message_passing
 from lora_theory.simulation.tokens import levels_of
 from lora_theory.theory.correlated import (
