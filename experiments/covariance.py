@@ -257,15 +257,16 @@ def compute(profile: Profile, store: Path) -> pd.DataFrame:
 
 
 PANELS = (
-    ("condition", "distortion", "condition number of $C$", "distortion of the attention"),
+    ("condition", "distortion", "condition number of $C$", "distortion"),
     ("condition", "test_error", "condition number of $C$", "test error $E'$"),
     ("rank", "test_error", r"share kept $\rho_r$", "test error $E'$"),
     ("power", "test_error", "$p$ of $C'=C^p$", "test error $E'$"),
+    ("power", "anchored_distortion", "$p$ of $C'=C^p$", "distortion from\nthe old outputs"),
 )
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    figure, axes = plt.subplots(2, 4, figsize=(7.0, 4.2), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, 5, figsize=(7.0, 3.9), sharex="col", layout="constrained")
     for row, activation in enumerate(("linear", "softmax")):
         part = solved(table[table["activation"] == activation])
         for column, (name, observable, axis, height) in enumerate(PANELS):
@@ -279,28 +280,29 @@ def draw(table: pd.DataFrame) -> Figure:
             panel.yaxis.set_minor_formatter(FuncFormatter(_if_round))
             if row:
                 panel.set_xlabel(axis)
-            panel.set_ylabel(height if column != 3 else "")
-        axes[row, 0].set_title(activation, loc="left")
-    axes[0, 2].set_xticks((0.02, 0.05, 0.1, 0.3), ("0.02", "0.05", "0.1", "0.3"))
-    axes[0, 2].set_xticks([], minor=True)
-    axes[0, 3].set_xlim(1.1, -1.1)
+            else:
+                panel.set_title(height)
+        axes[row, 0].set_ylabel(activation)
+    for column, (name, *_) in enumerate(PANELS):
+        if name == "power":
+            axes[0, column].set_xlim(1.1, -1.1)
+        else:
+            values = VARIED[name][2]
+            axes[0, column].set_xticks(values, [f"{value:g}" for value in values])
+            axes[0, column].set_xticks([], minor=True)
     handles = {}
     for panel in (axes[0, 1], axes[0, 3]):
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=6,
-        handlelength=2.4,
+        handles.values(), handles.keys(), loc="outside lower center", ncols=6, handlelength=2.4,
         columnspacing=1.4,
-    )
+    )  # fmt: skip
     return figure
 
 
 def _if_round(y: float, _: int) -> str:
-    """Labels of 2, 3 and 5 alone between the powers of ten."""
-    return f"{y:g}" if f"{y:e}"[0] in "235" else ""
+    """Labels of 2, 3, 4, 6 and 8 alone between the powers of ten."""
+    return f"{y:g}" if f"{y:e}"[0] in "23468" else ""
 
 
 def _draw_line(panel: Any, part: pd.DataFrame, name: str, observable: str, method: str) -> None:
