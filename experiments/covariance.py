@@ -271,11 +271,10 @@ def draw(table: pd.DataFrame) -> Figure:
         part = solved(table[table["activation"] == activation])
         for column, (name, observable, axis, height) in enumerate(PANELS):
             panel = axes[row, column]
+            panel.set_xscale("linear" if name == "power" else "log")
+            panel.set_yscale("log")
             for method in VARIED[name][0]:
                 _draw_line(panel, part, name, observable, method)
-            if name != "power":
-                panel.set_xscale("log")
-            panel.set_yscale("log")
             panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             panel.yaxis.set_minor_formatter(FuncFormatter(_if_round))
             if row:
@@ -318,8 +317,7 @@ def _draw_line(panel: Any, part: pd.DataFrame, name: str, observable: str, metho
     points = rows[rows["source"] == "simulation"]
     label = f"{OBJECTIVES[method]} {way.label}" if method in OBJECTIVES else way.label
     panel.plot(line[name], line["value"], color=way.color, linestyle=way.dashes, label=label)
-    if name != "power":
-        shade_unstable(panel, name, line, line["value"], way.color)
+    shade_unstable(panel, name, line, line["value"], way.color)
     panel.errorbar(
         points[name], points["value"], points["error"],
         fmt=way.marker, color=way.color, mfc="white", capsize=1.5, linewidth=0.8, zorder=3,
@@ -384,7 +382,7 @@ def caption(table: pd.DataFrame) -> str:
         "not; offsets O(1/D) remain. T = 2, κ0 = 0.5, κ = 1, Δ = 0.5, α = 0.3, λ = 0.1 (linear), "
         "0.02 (softmax), α' = 4, λ' = 0.2, q0 = 1; where not varied the condition number is 30, "
         f"ρᵣ = 0.1, p = 1. Theory: {'; '.join(texts)}. Theory points that are unstable, with a "
-        f"pale band except against p: {(lines['status'] == 'unstable').sum()}, not converged (left "
+        f"pale band: {(lines['status'] == 'unstable').sum()}, not converged (left "
         f"out): {(lines['status'] == 'not_converged').sum()} of {len(lines)}; descents that missed "
         f"the gradient tolerance: {missed:.0f}."
     )
