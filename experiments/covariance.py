@@ -317,7 +317,8 @@ def _draw_line(panel: Any, part: pd.DataFrame, name: str, observable: str, metho
     points = rows[rows["source"] == "simulation"]
     label = f"{OBJECTIVES[method]} {way.label}" if method in OBJECTIVES else way.label
     panel.plot(line[name], line["value"], color=way.color, linestyle=way.dashes, label=label)
-    shade_unstable(panel, name, line, line["value"], way.color)
+    if observable == "test_error":  # the distortion is that of stage one
+        shade_unstable(panel, name, line, line["value"], way.color)
     panel.errorbar(
         points[name], points["value"], points["error"],
         fmt=way.marker, color=way.color, mfc="white", capsize=1.5, linewidth=0.8, zorder=3,
