@@ -24,6 +24,8 @@ __all__ = [
 
 # double-exponential rule along the paths: its parameter ends within 1e-12 of the ends
 _LONGEST, _POINTS = 3.2, 112
+# of a path this many times the width √Q̂ that noise gives the spectrum, beyond which it has more
+_RESOLVED, _MOST_POINTS = 100.0, 1000
 # of Newton's method at a node, and of the halvings of a step along a path
 _STEPS, _HALVINGS, _ACCURACY = 12, 40, 1e-14
 # a path ends this far beyond the bounds of the spectrum
@@ -136,12 +138,14 @@ class _Equations:
 
     def path(self, start: float, *, left: bool = False) -> _Path:
         """From a point of the real axis to beyond the spectrum, through the upper half plane."""
-        t = np.linspace(-_LONGEST, _LONGEST, _POINTS)
+        end = min(self.bottom, start) if left else max(self.top, start)
+        length = end - start or self.top
+        finer = math.log(abs(length) / math.sqrt(self.Q_hat)) / math.log(_RESOLVED)
+        points = min(int(_POINTS * max(1.0, finer**2)), _MOST_POINTS)
+        t = np.linspace(-_LONGEST, _LONGEST, points)
         inner, slope = np.pi / 2 * np.sinh(t), np.pi / 2 * np.cosh(t) * (t[1] - t[0])
         # s from 1 to 0 on an arc that leaves both ends at 45°
         s, rest = 1 / (1 + np.exp(2 * inner)), 1 / (1 + np.exp(-2 * inner))
-        end = min(self.bottom, start) if left else max(self.top, start)
-        length = end - start or self.top
         up = abs(length) * 1j
         z = start + length * s + up * s * rest
         weights = (length + up * (rest - s)) * 2 * s * rest * slope

@@ -138,6 +138,10 @@ def test_slopes_are_differences_of_the_values(at, kind):
 
 
 def test_little_noise_and_wide_spectra_are_resolved():
+    at, kind = np.array([-12.6, 6.0, 2.3]), CorrelatedTokens(6e-5, 0.03, (0.87, 1.0, 1.22))
+    values, slopes = correlated_weights(at, 1.0, kind)
+    derived = np.array([-4, 2, 4]) * slopes[3][[2, 1, 0]] / np.exp(at[[2, 1, 0]])
+    np.testing.assert_allclose(values[:3], derived, rtol=1e-6)
     # Y' is positive: Ŝ̃ is linear, and its moments are elementary
     kind = CorrelatedTokens(1e-6, 2.0, (0.5, 2.0))
     Q, M, V, _ = correlated_weights(np.log([1e-6, 1.0, 2.0]), 1.0, kind)[0]
