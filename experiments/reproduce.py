@@ -13,10 +13,13 @@ from pathlib import Path
 import collapse
 import contraction
 import covariance
+import decay
+import deep_linear
 import figure1
 import figure2
 import figure3
 import figure4
+import lowrank
 import matplotlib as mpl
 import mismatch
 import optimal
@@ -41,10 +44,13 @@ EXPERIMENTS = {
         figure4,
         selection,
         rounds,
+        lowrank,
+        decay,
         spectra,
         phases,
         contraction,
         covariance,
+        deep_linear,
         published,
     )
 }

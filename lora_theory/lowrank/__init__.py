@@ -1,6 +1,6 @@
 """Low-rank methods on any weights: decay, preconditioning, compression (docs/lowrank.md)."""
 
-from lora_theory.lowrank import spectral
+from lora_theory.lowrank import deep_linear, spectral
 from lora_theory.lowrank.compression import (
     Factors,
     aa_svd,
@@ -32,6 +32,7 @@ __all__ = [
     "aa_svd",
     "allocate_ranks",
     "asvd",
+    "deep_linear",
     "fwsvd",
     "gmcn",
     "low_rank_decay",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from typing import Any
@@ -47,6 +48,7 @@ def simulate(
     test_sequences: int = 20_000,
     gradient_tolerance: float | None = None,
     max_iterations: int = 20_000,
+    start_scale: float = 1.0,
     progress: bool = False,
 ) -> Simulation:
     """Train and measure ``seeds`` independent systems of embedding dimension ``dim``.
@@ -87,6 +89,8 @@ def simulate(
             float32 by default.
         max_iterations: a descent stops after so many steps; like every descent that stops above
             the tolerance it is counted in ``missed`` and kept.
+        start_scale: factor of the factor W with iid N(0, 1) entries at which pre-training starts:
+            it matters where the penalty is not convex, as in low-rank decay.
         progress: show a bar of the seeds on stderr.
 
     Raises:
@@ -112,8 +116,9 @@ def simulate(
     seed = checked_integer("seed", seed, 0, 2**32 - 1)
     first = checked_integer("first", first, 0, 2**32 - seeds)
     effort = checked_effort(
-        starts, batch, pretrained, dtype, test_sequences, gradient_tolerance, max_iterations
-    )
+        starts, batch, pretrained, dtype, test_sequences, gradient_tolerance, max_iterations,
+        start_scale,
+    )  # fmt: skip
     if effort.pretrained == "sampled":
         check_sampled(problem)
     path = None if save is None else checked_path(save)
@@ -146,6 +151,7 @@ def simulate(
         "test_sequences": effort.test_sequences,
         "gradient_tolerance": effort.gradient_tolerance,
         "max_iterations": effort.max_iterations,
+        "start_scale": effort.start_scale,
         "jax": jax.__version__,
         "numpy": np.__version__,
     }
@@ -160,6 +166,7 @@ def checked_effort(
     test_sequences: int,
     gradient_tolerance: float | None,
     max_iterations: int,
+    start_scale: float = 1.0,
 ) -> Effort:
     """The arguments of :func:`simulate` that say how much is computed, once they are allowed."""
     if dtype not in DTYPES:
@@ -176,7 +183,15 @@ def checked_effort(
         _tolerance(gradient_tolerance, dtype),
         checked_integer("max_iterations", max_iterations, 1),
         pretrained,
+        _checked_scale(start_scale),
     )
+
+
+def _checked_scale(value: Any) -> float:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 < float(value) < math.inf:
+        raise ProblemError(f"start_scale = {value!r} is not allowed: it must be > 0 and finite")
+    return float(value)
 
 
 def _tolerance(value: Any, dtype: str) -> float:

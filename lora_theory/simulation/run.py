@@ -51,6 +51,7 @@ class Effort(NamedTuple):
     gradient_tolerance: float
     max_iterations: int
     pretrained: str = "trained"  # or "sampled", from the theory
+    start_scale: float = 1.0  # of the factor at which pre-training starts
 
 
 def run_seeds(
@@ -91,7 +92,7 @@ def pretrained_weights(
         return data, [minimum for minimum, _ in sampled], [weights for _, weights in sampled]
     data = [pretraining_data(key, problem, sizes, effort.dtype) for key in keys]
     tasks = [pretraining_task(run, problem) for run in data]
-    form, starts = Form.of(problem.pretraining), [run.start for run in data]
+    form, starts = Form.of(problem.pretraining), [effort.start_scale * run.start for run in data]
     pretrained = descend(tasks, starts, problem, effort, form)
     trained = [
         minimum.weights if run.scale is None else minimum.weights / run.scale

@@ -30,7 +30,7 @@ _KEYS = (
 _THEORY = ("nodes", "blocks", "seed", "tolerance")
 _EFFORT = (
     "starts", "batch", "pretrained", "dtype", "test_sequences", "gradient_tolerance",
-    "max_iterations",
+    "max_iterations", "start_scale",
 )  # fmt: skip
 _MOST_POINTS, _SEEDS_PER_TASK = 1_000_000, 4
 _SCALES = ("linear", "log")

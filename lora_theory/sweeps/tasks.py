@@ -23,7 +23,7 @@ from lora_theory.theory import Prediction, predict
 __all__ = ["FAILED", "RESULTS_VERSION", "SOURCES", "Row", "Task", "defaults_of"]
 
 #: Raised when the same task would give rows of another meaning; results of others are not read.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 SOURCES = ("theory", "simulation")
 #: The status of rows that only say why there is no result.
 FAILED = "failed"

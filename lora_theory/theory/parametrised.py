@@ -19,26 +19,32 @@ from lora_theory.theory.separable import Numerical
 
 __all__ = ["LowRankDecay", "Preconditioned"]
 
+#: 4, less what keeps the slope of a vanishing minimum finite.
+_LAST = 4 - 1e-9
 #: A bound of t² where y ≤ 0.
 _SMALLEST = 1e-12
 #: Grid of t, minima that are followed, rounds that narrow each, points per round, Newton's steps.
 _POINTS, _CANDIDATES, _ROUNDS, _FINE, _NEWTON = 257, 3, 8, 17, 3
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["strength"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["strength"], meta_fields=["metastable"]
+)
 @dataclass(frozen=True)
 class LowRankDecay(Numerical):
     """λ√D‖W‖_* on the factor: R(s) = r√s for s ≥ 0, r = κ^{1/4}λ, a Schatten-½ penalty on S.
 
     s jumps from 0 to 2y_c/(3V̂) at y_c = 3(V̂r²/2)^{1/3}; above, √s is the largest root of
-    V̂u³ − yu + r = 0.
+    V̂u³ − yu + r = 0.  This root is a local minimum down to y = 3(V̂r²/4)^{1/3}: ``metastable``
+    eigenvalues, which come from larger ones, vanish only there.
     """
 
     strength: float | Array  # r
+    metastable: bool = False
 
     def shrink(self, y: Float[Array, "..."], V_hat: Float[Array, ""]) -> Float[Array, "..."]:
         """s(y)."""
-        threshold = 3 * jnp.cbrt(V_hat * self.strength**2 / 2)
+        threshold = 3 * jnp.cbrt(V_hat * self.strength**2 / (_LAST if self.metastable else 2))
         kept = y > jax.lax.stop_gradient(threshold)
         third = jnp.where(kept, y, jax.lax.stop_gradient(threshold)) / (3 * V_hat)
         cosine = -self.strength / (2 * V_hat) * third**-1.5
