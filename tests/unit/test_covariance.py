@@ -439,3 +439,16 @@ def test_what_is_not_understood_is_refused(name):
     with pytest.raises(ProblemError) as refusal:
         call()
     assert words in str(refusal.value)
+
+
+def test_truncation_survives_where_divide_and_conquer_fails(monkeypatch):
+    S, _, c = trained(80)
+    arguments = {"whitening": "two_sided", "calibration": "pretraining"}
+    grams = {"covariance": np.diag(c), "shifted": np.diag(c)}
+    wanted = compress_tied(S, 8, **arguments, **grams)
+
+    def fails(*args, **kwargs):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", fails)
+    np.testing.assert_allclose(compress_tied(S, 8, **arguments, **grams), wanted, atol=1e-9)
