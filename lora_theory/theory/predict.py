@@ -36,7 +36,7 @@ from lora_theory.theory.stability import pretraining_stability
 from lora_theory.theory.training_fields import Trained
 from lora_theory.theory.truncated import truncated_at
 from lora_theory.theory.units import Units
-from lora_theory.theory.used import used_weights
+from lora_theory.theory.used import COLLAPSED, used_weights
 from lora_theory.theory.weights import Constants, kept_at, weights_at
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     "worst",
 ]
 
-_COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
+_MOST_TOKENS, _EASY_PENALTY = 8, 1.0
 _SEVERITY = [
     Status.CONVERGED, Status.JUMPS, Status.TIE, Status.UNSTABLE, Status.COLLAPSED,
     Status.NOT_CONVERGED,
@@ -295,7 +295,7 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
 def _pretraining_stability(problem: Problem, discretisation: Discretisation) -> Stability:
     """That of the root of stage one; ``problem`` alone."""
     root, constants = solve_pretraining(problem, discretisation), Constants.of(problem)
-    if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
+    if root.observables[pre.OBSERVABLES.index("Q")] < COLLAPSED:
         return Stability(0.0, 0.0, 0.0, 0.0)  # nothing is learnt, and nothing answers
     averages, _ = pretraining_averages(problem, discretisation)
     return pretraining_stability(averages, root, constants, problem.tokens)
@@ -324,7 +324,7 @@ def pretraining_prediction(
     values = dict(zip(pre.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(pre.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     rank = 0.0
-    collapsed = values["Q"] < _COLLAPSED
+    collapsed = values["Q"] < COLLAPSED
     status = root.status(*_jump_mass(root), discretisation.tolerance)
     nothing = np.zeros_like(weights.Q)
     Q, M = (np.broadcast_to(part, nothing.shape) for part in weights.trained[:2])
@@ -363,7 +363,7 @@ def frozen_weights(
             problem, root.block_unknowns, discretisation.blocks, discretisation.seed
         )
     constants, stage, before = Constants.of(problem), problem.compression, None
-    if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
+    if root.observables[pre.OBSERVABLES.index("Q")] < COLLAPSED:
         Q, M, V = np.zeros((3, len(root.block_unknowns)))
     else:
         at = root.block_unknowns

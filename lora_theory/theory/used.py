@@ -27,10 +27,12 @@ from lora_theory.theory.training_fields import Trained
 from lora_theory.theory.units import Units
 from lora_theory.theory.weights import Constants, weights_at
 
-__all__ = ["DRAWN_SIZE", "compressed_draw", "drawn_weights", "used_weights"]
+__all__ = ["COLLAPSED", "DRAWN_SIZE", "compressed_draw", "drawn_weights", "used_weights"]
 
 #: Of the matrices that are drawn, about: their order parameters are those of D → ∞ up to 1/n.
 DRAWN_SIZE = 640
+#: Q of weights that have vanished.
+COLLAPSED = 1e-10
 
 
 class Drawn(NamedTuple):
@@ -103,7 +105,9 @@ def used_weights(
     variance = scale**2 * teacher_square(kind.rank, covariance.later) + noise
     before: Trained | None = None
     spectral = stage is None or stage.whitening == "two_sided"
-    if not covariance.shifts and spectral:
+    if Q.max() < COLLAPSED:
+        Q, M, V = np.zeros((3, len(at)))
+    elif not covariance.shifts and spectral:
         if stage is not None:
             left = np.array([_truncated(x, scale, kind, stage.rank) for x in at]).T
             before = Trained(Q, M, V, cross=left[0])

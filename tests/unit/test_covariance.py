@@ -348,6 +348,17 @@ def test_a_shift_changes_teacher_noise_and_vector():
     assert np.all(np.isnan(found.V))
 
 
+def test_nothing_learnt_is_nothing_frozen():
+    gone = SHIFTED.replace({"pretraining.penalty": 50.0}).replace(
+        compression={"rank": 0.1, "whitening": "none"}
+    )
+    found = predict(gone, nodes=64, blocks=2)
+    assert (found.pretraining.status.value, found.effective_noise.Q) == ("collapsed", 0.0)
+    later = np.array(LEVELS[::-1])
+    variance = 0.25 + 0.5 * np.mean(later**2) + later.mean() ** 2
+    assert found.effective_noise.variance == pytest.approx(variance)
+
+
 # -- the fields -----------------------------------------------------------------------------------
 
 
