@@ -137,7 +137,7 @@ def simulation(runs: Runs, profile: Profile, store: Path) -> Iterator[dict[str, 
         problem = asked(runs.regularizer, penalty)
         effort = {"starts": 0, "dtype": "float32", "start_scale": runs.start_scale}
         effort["gradient_tolerance"] = tolerance(problem)
-        for result in kept_simulations(problem, list(dims), seeds, store, **effort):
+        for result in kept_simulations(problem, list(dims), seeds, store / runs.name, **effort):
             shared = {"curve": runs.name, "source": "simulation", **problem.to_flat()}
             shared |= {"status": result.status.value, "dim": result.dim, "seeds": seeds}
             shared |= {"root_seed": result.environment["seed"], "dtype": "float32"}

@@ -133,7 +133,7 @@ def simulation(activation: str, profile: Profile, store: Path) -> Iterator[dict[
                 effort = {
                     "starts": 1, "dtype": "float32", "gradient_tolerance": tolerance(problem),
                 }  # fmt: skip
-                (result,) = kept_simulations(problem, [dim], seeds, store, **effort)
+                (result,) = kept_simulations(problem, [dim], seeds, store / activation, **effort)
                 shared = _labels(activation, method, sequences, strength) | {
                     **problem.to_flat(), "source": "simulation", "start": "informed",
                     "status": result.status.value, "dim": dim, "seeds": seeds,
@@ -257,8 +257,9 @@ def caption(table: pd.DataFrame) -> str:
         "fresh sequences, right: re-used ones). T = 2, κ₀ = Δ = ½, α = 0.4, λ' = 0.2, α' = 3 "
         "(linear), 5 (softmax). Lines: theory along the strength of each method; points with "
         f"standard errors: simulation, D = {dim}, {seeds} seeds (E' of linear attention without "
-        "its measured cross term). Pale bands: unstable against replica symmetry breaking, always so for low-rank "
-        "decay. Tokens have covariance 1: SVD, SVD-LLM, OBD and AA-SVD are one truncation.",
+        "its measured cross term). Pale bands: unstable against replica symmetry breaking, always "
+        "so for low-rank decay. Tokens have covariance 1: SVD, SVD-LLM, OBD and AA-SVD are one "
+        "truncation.",
         "",
         "| attention | method | least noise | its rank | E' there | noise at rank "
         + " | noise at rank ".join(f"{rank:g}" for rank in _RANKS)
