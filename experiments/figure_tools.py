@@ -232,8 +232,9 @@ def shade_unstable(
 ) -> None:
     """A broad pale band along the parts of a theory curve that are unstable."""
     x, unstable = rows[axis].to_numpy(), (rows["status"] == Status.UNSTABLE.value).to_numpy()
-    # halfway to the neighbours, on logarithmic axes
-    between, heights = np.sqrt(x[1:] * x[:-1]), np.asarray(heights)
+    # halfway to the neighbours, on logarithmic axes unless x may be negative
+    between = np.sqrt(x[1:] * x[:-1]) if np.all(x > 0) else (x[1:] + x[:-1]) / 2
+    heights = np.asarray(heights)
     if panel.get_yscale() == "log":
         middle = np.sqrt(heights[1:] * heights[:-1])
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import collapse
 import contraction
+import covariance
 import decay
 import deep_linear
 import figure1
@@ -48,6 +49,7 @@ EXPERIMENTS = {
         spectra,
         phases,
         contraction,
+        covariance,
         deep_linear,
         published,
     )

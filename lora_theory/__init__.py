@@ -4,6 +4,7 @@ from lora_theory.compare import Comparison, compare
 from lora_theory.observables import Estimate
 from lora_theory.problem import (
     Compression,
+    Covariance,
     Finetuning,
     Pretraining,
     Problem,
@@ -47,6 +48,7 @@ __all__ = [
     "Comparison",
     "Compression",
     "Continuation",
+    "Covariance",
     "EffectiveNoise",
     "Estimate",
     "Finetuning",

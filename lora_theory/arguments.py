@@ -11,10 +11,15 @@ from lora_theory.problem import Problem, ProblemError
 __all__ = ["check_problem", "checked_integer", "is_integer"]
 
 
-def check_problem(problem: Any) -> None:
-    """Refuse what is no :class:`~lora_theory.problem.Problem`."""
+def check_problem(problem: Any, *, covariance: bool = False) -> None:
+    """Refuse what is no :class:`~lora_theory.problem.Problem`; a covariance unless it is known."""
     if not isinstance(problem, Problem):
         raise ProblemError(f"problem = {problem!r} must be a Problem")
+    if problem.covariance is not None and not covariance:
+        raise ProblemError(
+            "covariance is not allowed here: leave it out, or ask predict, simulate, compare or "
+            "sweep"
+        )
 
 
 def is_integer(value: Any) -> bool:

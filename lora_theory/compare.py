@@ -121,7 +121,7 @@ def compare(
         >>> comparison.agreements[0].observable, abs(comparison.agreements[0].z) < 6
         ('Q', True)
     """
-    check_problem(problem)
+    check_problem(problem, covariance=True)
     several = _listed(dims)
     if not several or len(set(several)) != len(several):
         raise ProblemError(f"dims = {dims!r} is not allowed: it must be one or several different D")

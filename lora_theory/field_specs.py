@@ -55,8 +55,9 @@ def validate(part: Any, prefix: str) -> None:
                 raise complaint
         elif entry.metadata["expression"]:
             _check_expression(value, entry.metadata["expression"], complaint)
-        elif name in _LISTS:
-            object.__setattr__(part, name, _numbers(value, _LISTS[name], complaint))
+        elif prefix + name in _LISTS:
+            allows = _LISTS[prefix + name]
+            object.__setattr__(part, name, _numbers(value, allows, complaint))
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise complaint
         elif name in _INTEGERS:
@@ -76,8 +77,15 @@ def validate(part: Any, prefix: str) -> None:
             object.__setattr__(part, name, number)
 
 
-#: Fields that hold several numbers, and how many of these must not be 0.
-_LISTS: dict[str, Callable[[Iterable[float]], bool]] = {"eigenvalues": any, "spikes": all}
+def _positive(entries: Iterable[float]) -> bool:
+    return all(entry > 0 for entry in entries)
+
+
+#: Fields that hold several numbers, and whether these are allowed.
+_LISTS: dict[str, Callable[[Iterable[float]], bool]] = {
+    "teacher.eigenvalues": any, "teacher.spikes": all,
+    "covariance.eigenvalues": _positive, "covariance.shifted": _positive,
+}  # fmt: skip
 
 
 #: Fields that hold an integer, and which of them they allow.
@@ -88,7 +96,7 @@ _INTEGERS: dict[str, Callable[[int], bool]] = {
 
 
 def _numbers(
-    value: Any, differ_from_0: Callable[[Iterable[float]], bool], complaint: ProblemError
+    value: Any, allows: Callable[[Iterable[float]], bool], complaint: ProblemError
 ) -> tuple[float, ...]:
     """One or more finite numbers."""
     entries = [value] if isinstance(value, numbers.Real) else value
@@ -97,7 +105,7 @@ def _numbers(
     except (TypeError, ValueError, OverflowError):
         raise complaint from None
     finite = len(found) > 0 and all(map(math.isfinite, found))
-    if isinstance(value, str) or not finite or not differ_from_0(found):
+    if isinstance(value, str) or not finite or not allows(found):
         raise complaint
     return found
 

@@ -8,7 +8,7 @@ from lora_theory.expression import Expression, fault_as_penalty
 from lora_theory.field_specs import ProblemError, refuse_misplaced, spec, validate
 from lora_theory.selection import SCORES, Score, fault_as_score, score_name
 
-__all__ = ["Compression", "Finetuning", "Pretraining", "Selection", "Teacher"]
+__all__ = ["Compression", "Covariance", "Finetuning", "Pretraining", "Selection", "Teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,44 @@ class Teacher:
 
     def __post_init__(self) -> None:
         validate(self, "teacher.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covariance:
+    """Covariance C of the tokens, x = C^{1/2}g with g iid normal (docs/theory.md, section 2.9).
+
+    C is diagonal, which is no restriction: weights and teacher have no preferred directions.
+    """
+
+    eigenvalues: tuple[float, ...] = spec(
+        "c", "eigenvalues of the covariance C of the tokens, of equal shares of D",
+        "positive numbers",
+    )  # fmt: skip
+    shifted: tuple[float, ...] | None = spec(
+        "c'",
+        "those of C', the covariance of the tokens of fine-tuning, in the same order and with the "
+        "same eigenvectors; c if left out",
+        "as many positive numbers",
+        default=None,
+    )
+
+    def __post_init__(self) -> None:
+        validate(self, "covariance.")
+        if self.shifted is not None and len(self.shifted) != len(self.eigenvalues):
+            raise ProblemError(
+                f"covariance.shifted = {self.shifted!r} is not allowed: it must have as many "
+                f"numbers as covariance.eigenvalues, {len(self.eigenvalues)}"
+            )
+
+    @property
+    def later(self) -> tuple[float, ...]:
+        """c' of fine-tuning."""
+        return self.eigenvalues if self.shifted is None else self.shifted
+
+    @property
+    def shifts(self) -> bool:
+        """Whether C' differs from C."""
+        return self.later != self.eigenvalues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +133,30 @@ class Compression:
         "> 0 and ≤ 1",
     )  # fmt: skip
 
+    whitening: str = spec(
+        "",
+        "metric of the truncation under tokens with a covariance: C^{1/2}SC^{1/2}, SC^{1/2} (then "
+        "made symmetric), or S itself",
+        '"two_sided", "one_sided" or "none"',
+        default="two_sided",
+        choices=("two_sided", "one_sided", "none"),
+    )
+    calibration: str = spec(
+        "",
+        "whose covariance it is: C, C' of fine-tuning, or C for what is to be kept and C' for "
+        "what it is kept under",
+        '"pretraining", "finetuning" or "anchored"',
+        default="pretraining",
+        choices=("pretraining", "finetuning", "anchored"),
+    )
+
     def __post_init__(self) -> None:
         validate(self, "compression.")
+        if self.whitening == "none" and self.calibration != "pretraining":
+            raise ProblemError(
+                f'compression.calibration = "{self.calibration}" is not allowed with '
+                'compression.whitening = "none", which sees no tokens: leave it out'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_theory.field_specs import FieldSpec, ProblemError, refuse_misplaced, spec, validate
-from lora_theory.parts import Compression, Finetuning, Pretraining, Selection, Teacher
+from lora_theory.parts import (
+    Compression,
+    Covariance,
+    Finetuning,
+    Pretraining,
+    Selection,
+    Teacher,
+)
 from lora_theory.selection import check_score, score_name
 
 __all__ = [
-    "Compression", "FieldSpec", "Finetuning", "Pretraining", "Problem", "ProblemError",
-    "Selection", "Teacher", "assign", "read_toml",
+    "Compression", "Covariance", "FieldSpec", "Finetuning", "Pretraining", "Problem",
+    "ProblemError", "Selection", "Teacher", "assign", "read_toml",
 ]  # fmt: skip
 
 
@@ -64,6 +71,7 @@ class Problem:
         "τ", "factor of the student's pre-activations, σ(τ·)", "> 0", default=1.0
     )
     teacher: Teacher = Teacher()
+    covariance: Covariance | None = None
     pretraining: Pretraining
     compression: Compression | None = None
     finetuning: Finetuning | None = None
@@ -85,8 +93,37 @@ class Problem:
         refuse_misplaced(self, "", "teacher_rank", "teacher.law", law, "wishart")
         refuse_misplaced(*teacher, "exponent", "teacher.law", law, "power_law")
         refuse_misplaced(*teacher, "eigenvalues", "teacher.law", law, "eigenvalues")
+        if not isinstance(self.covariance, Covariance | None):
+            raise ProblemError(f"covariance = {self.covariance!r} must be a Covariance or None")
+        if self.covariance is not None:
+            self._check_covariance(self.covariance)
+        elif self.compression is not None:
+            for name, default in (("whitening", "two_sided"), ("calibration", "pretraining")):
+                if (value := getattr(self.compression, name)) != default:
+                    raise ProblemError(
+                        f'compression.{name} = "{value}" is not allowed without covariance: leave '
+                        "it out"
+                    )
         if self.finetuning is not None and self.finetuning.selection is not None:
             check_score(self.finetuning.selection, self.tokens)
+
+    def _check_covariance(self, covariance: Covariance) -> None:
+        """Refuse what a covariance of the tokens is not understood with."""
+        stage = self.finetuning
+        wrong = {
+            "teacher.law": (self.teacher.law, "wishart"),
+            "teacher.spikes": (self.teacher.spikes, None),
+            "pretraining.regularizer": (self.pretraining.regularizer, "weight_decay"),
+            "finetuning.selection": (stage.selection if stage else None, None),
+        }
+        if covariance.shifts and stage:
+            wrong["finetuning.sequences"] = (stage.sequences, "fresh")
+        for name, (value, wanted) in wrong.items():
+            if value != wanted:
+                which = "covariance.shifted" if name == "finetuning.sequences" else "covariance"
+                raise ProblemError(
+                    f"{name} = {value!r} is not allowed with {which}: it must be {wanted!r}"
+                )
 
     # -- the one definition of the fields ------------------------------------------------------
 
@@ -102,7 +139,8 @@ class Problem:
     @property
     def alone(self) -> Self:
         """The pre-training without what follows it."""
-        return self.replace(compression=None, finetuning=None)
+        unshifted = {"covariance.shifted": None} if self.covariance else {}
+        return self.replace(unshifted, compression=None, finetuning=None)
 
     @property
     def rescaling(self) -> float:
@@ -174,8 +212,8 @@ class Problem:
 
 #: The groups of fields.
 _PARTS: dict[str, type] = {
-    "teacher": Teacher, "pretraining": Pretraining, "compression": Compression,
-    "finetuning": Finetuning, "finetuning.selection": Selection,
+    "teacher": Teacher, "covariance": Covariance, "pretraining": Pretraining,
+    "compression": Compression, "finetuning": Finetuning, "finetuning.selection": Selection,
 }  # fmt: skip
 
 

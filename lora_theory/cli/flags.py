@@ -30,6 +30,7 @@ Theory and simulation of the pre-training and rank-one LoRA fine-tuning of atten
   exit codes                 0 solved, 1 not converged (result printed), 2 bad input"""
 _GROUPS = {
     "teacher": "The matrix S0 behind the labels: by default W0W0ᵀ/√(P0D) of rank teacher_rank.",
+    "covariance": "Tokens have a covariance; without these flags they are white.",
     "pretraining": "First stage: W is trained on N sequences, then frozen.",
     "compression": "Ŝ is truncated before it is frozen; without these flags it is not.",
     "finetuning": "Second stage: rank-one LoRA on N' sequences; without these flags there is none.",

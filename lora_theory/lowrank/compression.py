@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import solve_triangular
+from scipy.linalg import svd as scipy_svd
 
 from lora_theory.arguments import checked_integer
 from lora_theory.lowrank.checks import (
@@ -198,7 +199,7 @@ def obd_spectrum(
         whitened = left.T @ W @ right
     if not np.all(np.isfinite(whitened)):
         raise ProblemError(_TOO_LARGE.format(size=np.abs(W).max()))
-    return np.asarray(np.linalg.svd(whitened, compute_uv=False))
+    return np.asarray(_svd(whitened)[1])
 
 
 def aa_svd(
@@ -260,7 +261,7 @@ def _truncated(
     factors: bool,
 ) -> Any:
     """size · L⁻ᵀSVD_k(target)R⁻¹, all of order one but the size."""
-    U, s, Vt = np.linalg.svd(target, full_matrices=False)
+    U, s, Vt = _svd(target)
     half = np.sqrt(s[:rank])
     B = solve_triangular(left, U[:, :rank] * half, trans="T", lower=True)
     A = solve_triangular(right, Vt[:rank].T * half, trans="T", lower=True).T
@@ -280,6 +281,14 @@ _TOO_LARGE = (
     "weights or Gram matrices are too large for double precision, entries up to {size:.3g}: bring "
     "them to order one, which changes only the scale of the result"
 )
+
+
+def _svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Singular vectors and values; by QR iterations where divide and conquer does not converge."""
+    try:
+        return np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError:  # seen on positive matrices of low rank
+        return scipy_svd(matrix, full_matrices=False, lapack_driver="gesvd")  # type: ignore[no-any-return]
 
 
 def _of_order_one(array: Matrix) -> tuple[Matrix, float]:

@@ -110,7 +110,7 @@ def simulate(
         >>> 0 < simulation.finetuning.overlap.mean <= 1
         True
     """
-    check_problem(problem)
+    check_problem(problem, covariance=True)
     sizes = Sizes.of(problem, dim, trained=pretrained != "sampled")
     seeds = checked_integer("seeds", seeds, 1)
     seed = checked_integer("seed", seed, 0, 2**32 - 1)

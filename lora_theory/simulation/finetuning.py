@@ -17,6 +17,7 @@ from lora_theory.simulation.fields import Weights, centred_fields, noisy_fields
 from lora_theory.simulation.minimise import Task
 from lora_theory.simulation.pretraining import PretrainingData
 from lora_theory.simulation.sizes import Sizes
+from lora_theory.simulation.tokens import decay_of, seen, token_scale
 
 __all__ = ["FinetuningData", "finetuning_data", "finetuning_task", "random_start"]
 
@@ -24,10 +25,11 @@ __all__ = ["FinetuningData", "finetuning_data", "finetuning_task", "random_start
 class FinetuningData(NamedTuple):
     """What the second stage sees: sequences with both fields, and the task vector behind them."""
 
-    task_vector: Float[Array, "D 1"]  # w*
+    task_vector: Float[Array, "D 1"]  # w*, or C'^{1/2}w*
     sequences: Float[Array, "n T D"]
     frozen_fields: Float[Array, "n T T"]  # βh, of the pre-trained weights
     teacher_fields: Float[Array, "n T T"]  # h^y, with their noise, without the task vector
+    scale: Float[Array, "D 1"] | None = None  # C'^{1/2}
 
 
 def finetuning_data(
@@ -46,14 +48,17 @@ def finetuning_data(
     assert stage is not None
     dtype = pretraining.start.dtype.type
     noise_strength = dtype(problem.label_noise)
+    scale = token_scale(problem, sizes.dim, dtype, later=True)
+    teacher, weights = seen(pretraining.teacher, scale), seen(weights, scale)
 
     def drawn(purpose: Draw, count: int) -> tuple[Array, Array]:
         return draw_sequences(purpose.key(key), count, sizes.tokens, sizes.dim, dtype)
 
     def labelled(sequences: Array, noise: Array) -> tuple[Array, Array]:
-        return sequences, noisy_fields(sequences, pretraining.teacher, noise, noise_strength)
+        return sequences, noisy_fields(sequences, teacher, noise, noise_strength)
 
     task_vector = draw_task_vector(Draw.TASK_VECTOR.key(key), sizes.dim, stage.signal, dtype)
+    task_vector = task_vector if scale is None else scale * task_vector
     parts = []
     if reused:
         old = pretraining.sequences[:reused]
@@ -71,7 +76,7 @@ def finetuning_data(
         parts.append(labelled(*drawn(Draw.FINETUNING_SEQUENCES, fresh)))
     sequences, teacher_fields = map(jnp.concatenate, zip(*parts, strict=True))
     frozen = dtype(stage.rescaling) * centred_fields(sequences, weights)
-    return FinetuningData(task_vector, sequences, frozen, teacher_fields)
+    return FinetuningData(task_vector, sequences, frozen, teacher_fields, scale)
 
 
 def finetuning_task(data: FinetuningData, problem: Problem) -> Task:
@@ -86,13 +91,21 @@ def finetuning_task(data: FinetuningData, problem: Problem) -> Task:
         labels,
         dtype(stage.penalty),
         dtype(problem.inverse_temperature),
+        decay_of(data.scale),
     )
 
 
 def random_start(
-    key: Key[Array, ""], index: int, task_vector: Float[Array, "D 1"], signal: float
+    key: Key[Array, ""],
+    index: int,
+    task_vector: Float[Array, "D 1"],
+    signal: float,
+    scale: Float[Array, "D 1"] | None = None,
 ) -> Float[Array, "D 1"]:
-    """A start of iid N(0, q₀) entries: as long as w* on average, independent of it."""
+    """A start of iid N(0, q₀) entries: as long as w* on average, independent of it.
+
+    Under tokens of covariance C' multiplied by ``scale``, C'^{1/2}.
+    """
     start_key = jax.random.fold_in(Draw.FINETUNING_STARTS.key(key), index)
     start: Array = signal**0.5 * draw_normal(start_key, task_vector.shape, task_vector.dtype)
-    return start
+    return start if scale is None else scale * start

@@ -101,6 +101,7 @@ def _losses(
     weights: Weights,
     frozen_weights: Weights | None,
     teacher: Weights,
+    later_teacher: Weights | None,
     numbers: Float[Array, " 4"],
     task_vector: Float[Array, "D 1"],
     vectors: list[Float[Array, "D 1"]],
@@ -112,7 +113,10 @@ def _losses(
     used = trained if frozen_weights is None else centred_fields(sequences, frozen_weights)
     frozen = rescaling * used
     fields = noisy_fields(sequences, teacher, noise, label_noise)
-    shifted = fields + centred_fields(sequences, task_vector)
+    later = fields
+    if later_teacher is not None:
+        later = noisy_fields(sequences, later_teacher, noise, label_noise)
+    shifted = later + centred_fields(sequences, task_vector)
     tuned = [frozen + centred_fields(sequences, vector) for vector in vectors]
 
     def loss(label: Array, student: Array) -> Float[Array, " n"]:
@@ -132,6 +136,7 @@ def sampled_errors(
     weights: Weights,
     frozen_weights: Weights,
     teacher: Weights,
+    later_teacher: Weights,
     task_vector: Float[Array, "D 1"],
     vectors: list[Float[Array, "D 1"]],
 ) -> list[SampledError]:
@@ -139,7 +144,8 @@ def sampled_errors(
 
     First E of the trained ``weights`` (pre-training task), then of those that are frozen the error
     alone (fine-tuning task, χ = 0, q = 0) and E' with each of the ``vectors``, all on the same
-    sequences.
+    sequences.  The teacher and the weights are what these sequences see: of tokens with another
+    covariance in the second stage than in the first, two of each.
     """
     dtype, dim = task_vector.dtype.type, task_vector.shape[0]
     chunks = sequence_chunks(Draw.TEST_SEQUENCES.key(key), count, problem.tokens, dim, dtype)
@@ -147,7 +153,8 @@ def sampled_errors(
     temperatures = problem.inverse_temperature, problem.teacher.inverse_temperature
     numbers = np.array([problem.label_noise, problem.rescaling, *temperatures], dtype)
     others = None if frozen_weights is weights else frozen_weights
-    factors = weights, others, teacher, numbers, task_vector, vectors
+    later = None if later_teacher is teacher else later_teacher
+    factors = weights, others, teacher, later, numbers, task_vector, vectors
     parts = [_losses(*chunk, *factors, activation=activation) for chunk in chunks]
     losses = np.concatenate(parts, axis=1)
     means, deviations = losses.mean(axis=1), losses.std(axis=1, ddof=1)

@@ -189,7 +189,7 @@ def message_passing(
             pretraining = _pretrain(problem, sizes, data, limits, key)
             weights = Symmetric(jnp.asarray(pretraining.weights))
         if problem.finetuning is not None and stage != "pretraining":
-            frozen = compressed(weights, sizes)
+            frozen = compressed(weights, problem, sizes)
             second = finetuning_data(key, problem, sizes, data, frozen)
             w = second.task_vector
             if start == "random":

@@ -75,6 +75,8 @@ class Task(NamedTuple):
     targets: Float[Array, "n T T"]
     penalty: Float[Array, ""]
     inverse_temperature: Float[Array, ""] | float = 1.0
+    #: of the squares of W, row by row; None for 1 (tokens with a covariance: 1/c)
+    decay: Float[Array, "D 1"] | None = None
 
 
 class Minimum(NamedTuple):
@@ -106,9 +108,9 @@ def student(weights: Float[Array, "D P"], form: Form) -> Weights:
     return weights if form.is_factor else Symmetric((weights + weights.T) / 2)
 
 
-def _penalty(weights: Float[Array, "D P"], form: Form) -> Float[Array, ""]:
+def _penalty(task: Task, weights: Float[Array, "D P"], form: Form) -> Float[Array, ""]:
     """Without its strength λ."""
-    square = jnp.sum(weights**2)
+    square = jnp.sum(weights**2 if task.decay is None else task.decay * weights**2)
     return square * weights.shape[0] / 2 if form.regularizer == "frobenius" else square
 
 
@@ -116,7 +118,9 @@ def training_loss(
     task: Task, weights: Float[Array, "D P"], activation: str, form: Form = FACTOR
 ) -> Float[Array, ""]:
     """Σ_μ ‖σ(τ(frozen + fields of W)) − target‖²_F and the penalty."""
-    return _data_loss(task, weights, activation, form) + task.penalty * _penalty(weights, form)
+    return _data_loss(task, weights, activation, form) + task.penalty * _penalty(
+        task, weights, form
+    )
 
 
 def _data_loss(
@@ -188,7 +192,8 @@ def minimise(
             else (start.size**0.5, 2)
         )
         smallest = SMALLEST_SCALE * size
-        scale = slope * task.penalty * jnp.maximum(jnp.linalg.norm(state.weights), smallest)
+        decayed = state.weights if task.decay is None else task.decay * state.weights
+        scale = slope * task.penalty * jnp.maximum(jnp.linalg.norm(decayed), smallest)
         return jnp.asarray(jnp.linalg.norm(state.gradient) / scale)
 
     def unfinished(state: _State) -> Array:
@@ -221,7 +226,7 @@ def minimise(
     first = _State(start, objective, gradient, solver.init(start), zero, objective, zero)
     end = jax.lax.while_loop(unfinished, advance, first)
     remaining = relative_gradient(end)
-    data_loss = end.objective - task.penalty * _penalty(end.weights, form)
+    data_loss = end.objective - task.penalty * _penalty(task, end.weights, form)
     return Minimum(
         end.weights,
         end.objective,

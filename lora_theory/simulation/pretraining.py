@@ -14,6 +14,7 @@ from lora_theory.simulation.fields import Weights, noisy_fields
 from lora_theory.simulation.minimise import Task
 from lora_theory.simulation.sizes import Sizes
 from lora_theory.simulation.teacher import draw_teacher
+from lora_theory.simulation.tokens import decay_of, seen, token_scale
 
 __all__ = ["PretrainingData", "pretraining_data", "pretraining_task"]
 
@@ -22,9 +23,10 @@ class PretrainingData(NamedTuple):
     """Teacher, data and start of the first stage."""
 
     teacher: Weights  # W0, or S0
-    sequences: Float[Array, "N T D"]
+    sequences: Float[Array, "N T D"]  # g of tokens x = C^{1/2}g
     teacher_fields: Float[Array, "N T T"]  # h^y, with their noise
     start: Float[Array, "D P"]  # where the descent begins, in the form of the regularizer
+    scale: Float[Array, "D 1"] | None = None  # C^{1/2}; the start contains it
 
 
 def pretraining_data(
@@ -49,8 +51,10 @@ def pretraining_data(
     sequences, noise = draw_sequences(
         Draw.PRETRAINING_SEQUENCES.key(key), sizes.pretraining_sequences, sizes.tokens, dim, dtype
     )
-    fields = noisy_fields(sequences, teacher, noise, dtype(problem.label_noise))
-    return PretrainingData(teacher, sequences, fields, start)
+    scale = token_scale(problem, dim, dtype)
+    fields = noisy_fields(sequences, seen(teacher, scale), noise, dtype(problem.label_noise))
+    start = start if scale is None else scale * start
+    return PretrainingData(teacher, sequences, fields, start, scale)
 
 
 def pretraining_task(data: PretrainingData, problem: Problem) -> Task:
@@ -63,4 +67,5 @@ def pretraining_task(data: PretrainingData, problem: Problem) -> Task:
         attention(labels, problem.activation),
         dtype(problem.pretraining.penalty),
         dtype(problem.inverse_temperature),
+        decay_of(data.scale),
     )

@@ -36,8 +36,9 @@ from lora_theory.simulation.pretraining import PretrainingData, pretraining_data
 from lora_theory.simulation.results import Numbers, SeedRecord
 from lora_theory.simulation.sampled import sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes
+from lora_theory.simulation.tokens import seen, token_scale
 
-__all__ = ["Effort", "descend", "measured", "pretrained_weights", "run_seeds"]
+__all__ = ["Effort", "descend", "finetuned_runs", "measured", "pretrained_weights", "run_seeds"]
 
 
 class Effort(NamedTuple):
@@ -57,8 +58,21 @@ def run_seeds(
     problem: Problem, sizes: Sizes, effort: Effort, keys: Sequence[Key[Array, ""]]
 ) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
     """The numbers of some runs, trained together, and the teachers and trained weights of each."""
-    data, pretrained, weights = pretrained_weights(problem, sizes, effort, keys)
-    frozen = [compressed(run, sizes) for run in weights]
+    return finetuned_runs(
+        problem, sizes, effort, keys, pretrained_weights(problem, sizes, effort, keys)
+    )
+
+
+def finetuned_runs(
+    problem: Problem,
+    sizes: Sizes,
+    effort: Effort,
+    keys: Sequence[Key[Array, ""]],
+    first: tuple[list[PretrainingData], list[Minimum], list[Weights]],
+) -> list[tuple[SeedRecord, dict[str, np.ndarray]]]:
+    """The same after the ``first`` stage, which problems that differ later share."""
+    data, pretrained, weights = first
+    frozen = [compressed(run, problem, sizes) for run in weights]
     finetuned = _finetuned(problem, sizes, effort, keys, data, frozen)
     return [
         measured(problem, sizes, effort, *run)
@@ -80,7 +94,11 @@ def pretrained_weights(
     tasks = [pretraining_task(run, problem) for run in data]
     form, starts = Form.of(problem.pretraining), [effort.start_scale * run.start for run in data]
     pretrained = descend(tasks, starts, problem, effort, form)
-    return data, pretrained, [student(minimum.weights, form) for minimum in pretrained]
+    trained = [
+        minimum.weights if run.scale is None else minimum.weights / run.scale
+        for run, minimum in zip(data, pretrained, strict=True)
+    ]
+    return data, pretrained, [student(weights, form) for weights in trained]
 
 
 def measured(
@@ -96,21 +114,32 @@ def measured(
     minima: Sequence[Minimum],
 ) -> tuple[SeedRecord, dict[str, np.ndarray]]:
     """The numbers of a run, and its teacher and trained weights."""
+    later = token_scale(problem, sizes.dim, effort.dtype, later=True)
+    trained, teacher = seen(weights, data.scale), seen(data.teacher, data.scale)
+    frozen_seen, later_teacher = trained, teacher
+    if frozen_weights is not weights or _shifts(problem):
+        frozen_seen = seen(frozen_weights, later)
+    if _shifts(problem):
+        later_teacher = seen(data.teacher, later)
     test, frozen, *tuned = sampled_errors(
         key,
         effort.test_sequences,
         problem,
-        weights,
-        frozen_weights,
-        data.teacher,
+        trained,
+        frozen_seen,
+        teacher,
+        later_teacher,
         task_vector,
         [minimum.weights for minimum in minima],
     )
-    S, S0 = as_matrix(frozen_weights), as_matrix(data.teacher)
+    S, S0 = as_matrix(frozen_seen), as_matrix(later_teacher)
     w_star, *vectors = (_double(w)[:, 0] for w in [task_vector, *(m.weights for m in minima)])
-    trained = S if frozen_weights is weights else as_matrix(weights)
-    overlaps, used = matrix_overlaps(trained, S0), matrix_overlaps(S, S0)
-    overlaps["learned_rank"] = learned_rank(trained)
+    trained_matrix = S if frozen_seen is trained else as_matrix(trained)
+    overlaps = matrix_overlaps(trained_matrix, as_matrix(teacher))
+    overlaps["learned_rank"] = learned_rank(trained_matrix)
+    used = matrix_overlaps(S, S0)
+    # C'^{-1/2} from what the logits see to w itself
+    own = np.ones(sizes.dim) if later is None else 1 / _double(later)[:, 0]
     beta = problem.rescaling
     tau, tau_0 = problem.inverse_temperature, problem.teacher.inverse_temperature
     noise = effective_noise(beta**2 * used["Q"], beta * used["M"], used["Q0"], problem.label_noise)
@@ -118,7 +147,7 @@ def measured(
         pretraining=overlaps | test.named("test_error") | _descent(pretrained, sizes.dim**2),
         effective_noise=noise,
         finetuning=tuple(
-            vector_overlaps(vector, w_star)
+            vector_overlaps(own * vector, own * w_star)
             | error.named("test_error")
             | frozen.named("frozen_test_error")
             | cross_terms(tau * beta * S, tau_0 * S0, tau**0.5 * vector, tau_0**0.5 * w_star)
@@ -128,12 +157,17 @@ def measured(
     )
     arrays = dict([_named("W0", "S0", data.teacher), _named("W", "S", weights)])
     if sizes.kept_rank is not None:
-        arrays["S_frozen"] = S
+        arrays["S_frozen"] = as_matrix(frozen_weights)
     if vectors:
-        arrays |= {"w_star": w_star, "w": vectors[0]}
+        arrays |= {"w_star": own * w_star, "w": own * vectors[0]}
     if record.random:
-        arrays["w_random"] = vectors[record.lowest_random]
+        arrays["w_random"] = own * vectors[record.lowest_random]
     return record, arrays
+
+
+def _shifts(problem: Problem) -> bool:
+    """Whether fine-tuning has tokens of another covariance."""
+    return problem.covariance is not None and problem.covariance.shifts
 
 
 def _named(factor: str, matrix: str, weights: Weights) -> tuple[str, np.ndarray]:
@@ -171,8 +205,8 @@ def _finetuned(
     vectors = [run.task_vector for run in data]
     starts = [vectors] + [
         [
-            random_start(key, index, vector, finetuning.signal)
-            for key, vector in zip(keys, vectors, strict=True)
+            random_start(key, index, run.task_vector, finetuning.signal, run.scale)
+            for key, run in zip(keys, data, strict=True)
         ]
         for index in range(effort.starts)
     ]

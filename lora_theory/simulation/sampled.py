@@ -69,6 +69,10 @@ def sample_pretrained(
 
 def check_sampled(problem: Problem) -> None:
     """Refuse what weights that come without training data, from the theory, cannot answer."""
+    if problem.covariance is not None:
+        raise ProblemError(
+            'covariance is not allowed with pretrained = "sampled": it must be "trained"'
+        )
     if problem.finetuning is not None and problem.finetuning.sequences == "reused":
         raise ProblemError(
             'finetuning.sequences = "reused" is not allowed with pretrained = "sampled", which '

@@ -131,7 +131,7 @@ def _run(
 ) -> tuple[Sequence[Any], float]:
     """The records of both rounds, and |w₁·w₂|/D."""
     (data,), (pretrained,), (trained,) = pretrained_weights(problem, sizes, effort, [key])
-    weights = compressed(trained, sizes)
+    weights = compressed(trained, problem, sizes)
     batch = finetuning_data(key, problem, sizes, data, weights)
     records, start = [], batch.task_vector
     vectors: list[Array] = []

@@ -74,6 +74,7 @@ class FrozenWeights(NamedTuple):
     rescaling: float = 1.0  # β: fields of the frozen weights are multiplied by it
     noise_variance: float = 0.0  # Δ/2, the part of the label variance that may be drawn anew
     before: Trained | None = None
+    token_levels: Float[np.ndarray, " n"] | None = None  # c' of tokens with a covariance
 
     @property
     def trained(self) -> Trained:
@@ -118,7 +119,8 @@ def solve_branches(
     Also the stability of the first.
     """
     nodes = FinetuningNodes(stage, weights, tokens, activation, discretisation)
-    scale, tolerance = 0.5 * math.log(stage.signal), discretisation.tolerance
+    task = nodes.task
+    scale, tolerance = 0.5 * math.log(task.signal), discretisation.tolerance
     vanished = scale + math.log(_VANISHED)
     potential, overlap, growth = map(lora.OBSERVABLES.index, ("potential", "overlap", "growth"))
 
@@ -206,7 +208,7 @@ def solve_branches(
     others = [root for name, root in found.items() if name != "informed"]
     if informed.residual > _ABSENT and others[0].is_good(tolerance):
         found.pop("informed", None)
-    test = BranchErrors(weights, stage.signal, tokens, activation, discretisation)
+    test = BranchErrors(weights, task.signal, tokens, activation, discretisation, task)
     ordered = _by_potential(found, test, tolerance, growths(found))
     best = found[ordered[0].branch]
     averages = nodes.averages(HELD[ordered[0].branch])
@@ -234,7 +236,10 @@ class FinetuningNodes:
         activation: str,
         discretisation: Discretisation,
     ) -> None:
-        self.task = Task(stage.samples, stage.penalty, stage.signal, weights.label_variance)
+        signal, levels = stage.signal, weights.token_levels
+        if levels is not None:
+            signal *= float(levels.mean())
+        self.task = Task(stage.samples, stage.penalty, signal, weights.label_variance, levels)
         self._blocks, self._linear = discretisation.blocks, activation == "linear"
         if stage.chosen:
             blocks = _kept_nodes(stage, weights, tokens, activation, discretisation)
@@ -274,7 +279,7 @@ class FinetuningNodes:
             nodes, reused, share = reuse.by_kind(nodes)
             noises = weights.training_noise(tokens, redrawn=redrawn), weights.effective_noise()
             noise = np.where(reused, *(noise[0] for noise in noises))
-            return linear_fields(nodes, noise, stage.signal, tokens=tokens, share=share)
+            return linear_fields(nodes, noise, self.task.signal, tokens=tokens, share=share)
         return softmax_fields(
             nodes, Q, M, V, self.task,
             tokens=tokens, reuse=reuse, rescaling=beta, kept=stage.chosen is not None,
@@ -336,9 +341,10 @@ class BranchErrors:
         tokens: int,
         activation: str,
         discretisation: Discretisation,
+        task: Task | None = None,
     ) -> None:
         blocks = discretisation.blocks
-        self._signal = signal
+        self._signal, self._task = signal, task
         self._errors = Errors(
             activation, tokens, weights.label_variance, blocks=blocks, seed=discretisation.seed
         )
@@ -353,6 +359,9 @@ class BranchErrors:
         return self.estimate(np.array(blocks_q), np.array(blocks_m), q, m)
 
     def _overlaps(self, x: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, " n"], ...]:
+        if self._task is not None and self._task.levels is not None:
+            q, m = lora.seen_overlaps(x, self._task)
+            return np.asarray(q), np.asarray(m)
         s, m = np.exp(x[:, 0]), x[:, 1] * self._signal
         return s**2 + m**2 / self._signal, m
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lora_theory.compilation import quickly_compiled
+from lora_theory.theory.correlated import correlated_divergence
 from lora_theory.theory.law_nodes import law_nodes
 from lora_theory.theory.weights import Constants, kept_at
 
@@ -70,6 +71,8 @@ def spectral_divergence(unknowns: Float[np.ndarray, " 3"], constants: Constants)
         ...     round(spectral_divergence(np.zeros(3), constants), 6)
         0.04
     """
+    if constants.correlated is not None:
+        return correlated_divergence(unknowns, constants.teacher_scale, constants.correlated)
     Q_hat, M_hat, _ = np.exp(unknowns)
     signal = float(constants.teacher_scale * M_hat)  # Y = signal·(S0 + δZ)
     kept = kept_at(unknowns, constants)

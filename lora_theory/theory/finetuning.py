@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -27,10 +28,11 @@ from lora_theory.theory.proximal import (
 )
 from lora_theory.theory.roots import log_ratio
 from lora_theory.theory.training_fields import LinearFields, SoftmaxFields, Task
+from lora_theory.theory.vector_side import vector_side
 
 __all__ = [
     "INFORMED", "OBSERVABLES", "UNINFORMED", "ZERO", "ZERO_SPREAD", "LinearFinetuning",
-    "SoftmaxFinetuning", "relaxation",
+    "SoftmaxFinetuning", "point_of", "relaxation", "seen_overlaps", "squared_spread",
 ]  # fmt: skip
 
 #: Order of the observables in :class:`~lora_theory.theory.averages.BlockValues`.
@@ -60,10 +62,28 @@ class _Output(NamedTuple):
 _Point = tuple[Array, Array, Array, Array]
 
 
-def _point(unknowns: Array, signal: float) -> _Point:
-    """(q, m, v, s) from (log s, m/q0, log v)."""
-    s, m, v = jnp.exp(unknowns[0]), unknowns[1] * signal, jnp.exp(unknowns[2])
-    return s**2 + m**2 / signal, m, v, s
+def point_of(unknowns: Array, task: Task) -> _Point:
+    """(q, m, v, s) from (log s, m/q0, log v); with a covariance s² is the part q̂∫R⁻² of s²."""
+    s, m, v = jnp.exp(unknowns[0]), unknowns[1] * task.signal, jnp.exp(unknowns[2])
+    if task.levels is not None:
+        side = vector_side(v, task.penalty, jnp.asarray(task.levels))
+        s = jnp.sqrt(s**2 + (unknowns[1] / side.signal) ** 2 * task.signal * side.bent)
+    return s**2 + m**2 / task.signal, m, v, s
+
+
+@quickly_compiled()
+def seen_overlaps(unknowns: Float[Array, "n 3"], task: Task) -> tuple[Array, Array]:
+    """q and m of what the logits see, w, or w̃ of tokens with a covariance."""
+    points = jax.vmap(lambda x: point_of(x, task))(unknowns)
+    return points[0], points[1]
+
+
+def squared_spread(unknowns: Array, task: Task) -> Array:
+    """∫R⁻² over v²: 1 without a covariance."""
+    if task.levels is None:
+        return jnp.ones(())
+    v = jnp.exp(unknowns[2])
+    return vector_side(v, task.penalty, jnp.asarray(task.levels)).noise / v**2
 
 
 def _center(point: _Point, fields: LinearFields | SoftmaxFields, task: Task) -> Array:
@@ -110,7 +130,7 @@ def _softmax_output(
 def _rows(x: Array, output: Callable[[_Point], _Output], task: Task, held: Array) -> Array:
     """Residuals and observables by block, from the node averages at given (q, m, v, s)."""
     q0, alpha = task.signal, task.samples
-    point = q, m, v, s = _point(x, q0)
+    point = q, m, v, s = point_of(x, task)
     out = output(point)
     q_hat = alpha * out.force_square
     response = -alpha / s * out.force_noise
@@ -118,12 +138,25 @@ def _rows(x: Array, output: Callable[[_Point], _Output], task: Task, held: Array
     m_hat = alpha / q0 * out.force_signal + m / q0 * response
     R = 2 * task.penalty + v_hat
     growth = q_hat * v**2 / s**2 - 1
-    rows = [jnp.where(held[0], ZERO_SPREAD - x[0], growth)]
-    rows += [jnp.where(held[1], -x[1], m_hat * v - m / q0), 1 - v * R]
+    gain, stiffness = m_hat * v - m / q0, 1 - v * R
     # φ with the conjugates eliminated, linear in the node averages
     potential = alpha * (0.5 * v * out.force_square + out.train_error)
-    potential += task.penalty * q - s**2 / (2 * v)
-    overlap = jnp.abs(m) / jnp.sqrt(q * q0)
+    strength: float | Array = q0
+    if task.levels is None:
+        potential += task.penalty * q - s**2 / (2 * v)
+    else:
+        side = vector_side(v, task.penalty, jnp.asarray(task.levels))
+        own_noise, m_own = jnp.exp(2 * x[0]) / side.noise, x[1] / side.signal  # q̂ and m̂
+        growth = q_hat * side.noise / jnp.exp(2 * x[0]) - 1
+        gain, stiffness = m_hat * side.signal - m / q0, v * (side.v_hat - v_hat)
+        potential += m_own * m / 2 - side.v_hat * q / 2
+        # of w instead of w̃
+        strength = q0 / side.mean
+        q = strength * m_own**2 * side.noise + own_noise * side.own_noise
+        m = m_own * strength * v
+    rows = [jnp.where(held[0], ZERO_SPREAD - x[0], growth)]
+    rows += [jnp.where(held[1], -x[1], gain), stiffness]
+    overlap = jnp.abs(m) / jnp.sqrt(q * strength)
     rows += [q, m, v, q_hat, m_hat, v_hat, potential, overlap]
     rows += [out.train_error, response - alpha / v * out.stein, response, growth]
     return jnp.stack([jnp.broadcast_to(row, growth.shape) for row in rows], axis=1)
@@ -144,7 +177,7 @@ _Arguments = tuple[Array, Array, Array, Array, Array]
 
 def _arguments(unknowns: Array, fields: SoftmaxFields, task: Task) -> _Arguments:
     """What the proximal operator depends on: h, y', ω, v, q."""
-    point = q, _, v, _ = _point(unknowns, task.signal)
+    point = q, _, v, _ = point_of(unknowns, task)
     return fields.training, fields.labels, _center(point, fields, task), v, q
 
 
@@ -172,7 +205,7 @@ def _softmax_values(
 
 @quickly_compiled("blocks")
 def _linear_growth(unknowns: Array, fields: LinearFields, task: Task, blocks: int) -> Array:
-    point = q, _, v, _ = _point(unknowns, task.signal)
+    point = q, _, v, _ = point_of(unknowns, task)
     omega = _center(point, fields, task)
     prox = linear_lora_proximal(fields.levels + q, omega, v)
     return _growth(point, omega, prox.force, fields, task, blocks)
@@ -182,7 +215,7 @@ def _linear_growth(unknowns: Array, fields: LinearFields, task: Task, blocks: in
 def _softmax_growth(
     unknowns: Array, fields: SoftmaxFields, task: Task, minima: Array, blocks: int
 ) -> Array:
-    point = _point(unknowns, task.signal)
+    point = point_of(unknowns, task)
     arguments = _arguments(unknowns, fields, task)
     prox = softmax_lora_proximal(*arguments, minima[0])
     return _growth(point, arguments[2], prox.force, fields, task, blocks)
@@ -199,6 +232,8 @@ def _growth(
     q, _, v, _ = point
     along = jnp.sum(omega * fields.signal, 0) * jnp.sum(fields.signal * force, 0) / task.signal
     term = fields.share * (along - jnp.sum(omega * force, 0))
+    if task.levels is not None:
+        v = vector_side(v, task.penalty, jnp.asarray(task.levels)).signal
     return task.samples * v / q * block_means(term, blocks)[:, None]
 
 

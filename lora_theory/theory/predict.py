@@ -36,6 +36,7 @@ from lora_theory.theory.stability import pretraining_stability
 from lora_theory.theory.training_fields import Trained
 from lora_theory.theory.truncated import truncated_at
 from lora_theory.theory.units import Units
+from lora_theory.theory.used import COLLAPSED, used_weights
 from lora_theory.theory.weights import Constants, kept_at, weights_at
 
 __all__ = [
@@ -51,7 +52,7 @@ __all__ = [
     "worst",
 ]
 
-_COLLAPSED, _MOST_TOKENS, _EASY_PENALTY = 1e-10, 8, 1.0
+_MOST_TOKENS, _EASY_PENALTY = 8, 1.0
 _SEVERITY = [
     Status.CONVERGED, Status.JUMPS, Status.TIE, Status.UNSTABLE, Status.COLLAPSED,
     Status.NOT_CONVERGED,
@@ -96,10 +97,10 @@ def predict(
         True
     """
     discretisation = Discretisation.checked(nodes, blocks, seed, tolerance)
-    check_predictable(problem)
+    check_predictable(problem, covariance=True)
     with double_precision():
         root = solve_pretraining(problem.alone, discretisation)
-        weights, units = frozen_weights(problem, root), Units.of(problem)
+        weights, units = frozen_weights(problem, root, discretisation), Units.of(problem)
         pretraining = pretraining_prediction(problem, root, weights, discretisation)
         noise = effective_noise(problem, weights, discretisation)
         first = _pretraining_stability(problem.alone, discretisation)
@@ -234,9 +235,9 @@ def _check_noise(noise: EffectiveNoise) -> None:
         )
 
 
-def check_predictable(problem: Problem) -> None:
+def check_predictable(problem: Problem, *, covariance: bool = False) -> None:
     """Refuse what is no problem, or one with too many tokens."""
-    check_problem(problem)
+    check_problem(problem, covariance=covariance)
     check_tokens(problem.tokens)
 
 
@@ -294,7 +295,7 @@ def solve_pretraining(problem: Problem, discretisation: Discretisation) -> Root:
 def _pretraining_stability(problem: Problem, discretisation: Discretisation) -> Stability:
     """That of the root of stage one; ``problem`` alone."""
     root, constants = solve_pretraining(problem, discretisation), Constants.of(problem)
-    if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
+    if root.observables[pre.OBSERVABLES.index("Q")] < COLLAPSED:
         return Stability(0.0, 0.0, 0.0, 0.0)  # nothing is learnt, and nothing answers
     averages, _ = pretraining_averages(problem, discretisation)
     return pretraining_stability(averages, root, constants, problem.tokens)
@@ -323,12 +324,13 @@ def pretraining_prediction(
     values = dict(zip(pre.OBSERVABLES, root.observables.tolist(), strict=True))
     errors = dict(zip(pre.OBSERVABLES, root.quadrature_error.tolist(), strict=True))
     rank = 0.0
-    collapsed = values["Q"] < _COLLAPSED
+    collapsed = values["Q"] < COLLAPSED
     status = root.status(*_jump_mass(root), discretisation.tolerance)
     nothing = np.zeros_like(weights.Q)
-    at = OrderParameters(weights.trained.Q, weights.trained.M, nothing, nothing)
+    Q, M = (np.broadcast_to(part, nothing.shape) for part in weights.trained[:2])
+    at = OrderParameters(Q, M, nothing, nothing)
     law = Errors(
-        problem.activation, problem.tokens, weights.label_variance,
+        problem.activation, problem.tokens, Constants.of(problem).label_variance,
         blocks=len(nothing), seed=discretisation.seed,
     )  # fmt: skip
     center = OrderParameters.same(values["Q"], values["M"], 0.0, 0.0, len(nothing))
@@ -348,10 +350,20 @@ def pretraining_prediction(
     )
 
 
-def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
-    """Q, M and V at the roots of the single blocks, after the compression if there is one."""
+def frozen_weights(
+    problem: Problem, root: Root, discretisation: Discretisation | None = None
+) -> FrozenWeights:
+    """Q, M and V at the roots of the single blocks, after the compression if there is one.
+
+    ``discretisation`` says how many matrices are drawn where tokens have a covariance.
+    """
+    if problem.covariance is not None and discretisation is not None:
+        _check_rank(problem, root)
+        return used_weights(
+            problem, root.block_unknowns, discretisation.blocks, discretisation.seed
+        )
     constants, stage, before = Constants.of(problem), problem.compression, None
-    if root.observables[pre.OBSERVABLES.index("Q")] < _COLLAPSED:
+    if root.observables[pre.OBSERVABLES.index("Q")] < COLLAPSED:
         Q, M, V = np.zeros((3, len(root.block_unknowns)))
     else:
         at = root.block_unknowns
@@ -364,6 +376,16 @@ def frozen_weights(problem: Problem, root: Root) -> FrozenWeights:
     return FrozenWeights(
         Q, M, V, constants.label_variance, problem.rescaling, noise_variance, before
     )
+
+
+def _check_rank(problem: Problem, root: Root) -> None:
+    """A factor too narrow for what is learnt is understood without a covariance only."""
+    rank, constants = problem.pretraining.rank, Constants.of(problem)
+    if rank < 1 and (learnt := kept_at(root.unknowns, constants).rank) > rank:
+        raise ProblemError(
+            f"pretraining.rank = {rank:g} is not allowed in the theory with covariance where the "
+            f"rank learnt is {learnt:.3g}: it must be at least that"
+        )
 
 
 def _truncated(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from lora_theory.arguments import check_problem
 from lora_theory.compilation import double_precision
 from lora_theory.problem import Finetuning, Problem, ProblemError, Selection
 from lora_theory.status import Status
@@ -132,8 +133,7 @@ def checked_second(
     problem: Problem, samples: float, selection: Selection | None, by: str
 ) -> Finetuning:
     """The second batch as a stage of its own, once it is allowed."""
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"problem = {problem!r} must be a Problem")
+    check_problem(problem)
     if problem.finetuning is None or problem.finetuning.sequences != "fresh":
         raise ProblemError(
             "a second round is not allowed for this problem: it must have a first one, finetuning, "

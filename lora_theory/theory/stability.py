@@ -187,9 +187,10 @@ def _lora_rows(
     prox: Callable[[Array, Array, Array], Proximal],
 ) -> Array:
     def value(x: Array) -> Array:
-        s, gain, v = jnp.exp(x[0]), x[1], jnp.exp(x[2])
-        at = prox(gain * fields.signal + s * fields.noise, v, s**2 + gain**2 * task.signal)
-        return task.samples * pre.block_means(fields.share * squared_response(at), blocks)
+        q, _, v, s = lora.point_of(x, task)
+        at = prox(x[1] * fields.signal + s * fields.noise, v, q)
+        replicon = task.samples * pre.block_means(fields.share * squared_response(at), blocks)
+        return replicon * lora.squared_spread(x, task)
 
     return _with_gradient(value, unknowns)
 

@@ -47,8 +47,9 @@ class Task(NamedTuple):
 
     samples: float  # α'
     penalty: float  # λ'
-    signal: float  # q0
+    signal: float  # q0, with a covariance that of w̃*
     label_variance: float  # Q_y = Q0 + Δ/2, variance of z^y
+    levels: Float[np.ndarray, " n"] | None = None  # c', of tokens with a covariance
 
 
 class Trained(NamedTuple):

@@ -17,6 +17,12 @@ from jaxtyping import Array, Float
 from lora_theory.compilation import quickly_compiled
 from lora_theory.laws import Law, law_of
 from lora_theory.problem import Problem, ProblemError
+from lora_theory.theory.correlated import (
+    CorrelatedTokens,
+    correlated_tail,
+    correlated_weights,
+    teacher_square,
+)
 from lora_theory.theory.parametrised import LowRankDecay, Preconditioned
 from lora_theory.theory.regularizers import (
     Frobenius,
@@ -61,6 +67,7 @@ class Constants(NamedTuple):
     law: Law  # of S0 …
     teacher_scale: float  # … which is multiplied by τ0
     regularizer: Regularizer | Numerical
+    correlated: CorrelatedTokens | None = None  # in place of both, of tokens with a covariance
 
     @classmethod
     def of(cls, problem: Problem) -> Constants:
@@ -90,13 +97,22 @@ class Constants(NamedTuple):
         else:
             assert stage.function is not None
             kind = Separable(stage.function, stage.penalty, units.student)
-        variance = float(law.moments()[1]) + problem.label_noise / 2
-        return cls(stage.samples, units.teacher**2 * variance, law, units.teacher, kind)
+        square, correlated = float(law.moments()[1]), None
+        if problem.covariance is not None:
+            assert problem.teacher_rank is not None
+            rank, levels = problem.teacher_rank, problem.covariance.eigenvalues
+            penalty = math.sqrt(stage.rank) * stage.penalty / units.student
+            correlated = CorrelatedTokens(penalty, rank, levels)
+            square = teacher_square(rank, levels)
+        variance = units.teacher**2 * (square + problem.label_noise / 2)
+        return cls(stage.samples, variance, law, units.teacher, kind, correlated)
 
     @property
     def channel(self) -> Channel:
         """What the output side needs of them."""
         Q0 = self.teacher_scale**2 * self.law.moments()[1]
+        if self.correlated is not None:
+            Q0 = self.teacher_scale**2 * teacher_square(*self.correlated[1:])
         return Channel(self.samples, self.label_variance, Q0)
 
 
@@ -107,7 +123,9 @@ def weight_potential(
     constants: Constants,
 ) -> Float[Array, ""]:
     """Ψ, the weight part of Φ; (M̂²/4V̂) J for weight decay (docs/theory.md, section 2)."""
-    assert not isinstance(constants.regularizer, Numerical)  # which is not traced: weights_at
+    # the others are not traced: weights_at
+    assert not isinstance(constants.regularizer, Numerical)
+    assert constants.correlated is None
     scale, law = constants.teacher_scale, constants.law
     return constants.regularizer.potential(Q_hat, scale * M_hat, V_hat, law)
 
@@ -153,6 +171,9 @@ def weights_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Weigh
     if isinstance(kind, Numerical):
         found = separable_weights(unknowns, constants.law, constants.teacher_scale, kind)
         return Weights(at, *map(jnp.asarray, found))
+    if constants.correlated is not None:
+        found = correlated_weights(unknowns, constants.teacher_scale, constants.correlated)
+        return Weights(at, *map(jnp.asarray, found))
     solved: Weights = _weights_at(at, constants)
     return solved
 
@@ -176,6 +197,7 @@ class LastWeights:
 def _kept_at(unknowns: Array, constants: Constants) -> tuple[Array, Array, Array]:
     kind = constants.regularizer
     assert not isinstance(kind, Numerical)
+    assert constants.correlated is None
     Q_hat, M_hat, _ = jnp.exp(unknowns)
     at = Q_hat, constants.teacher_scale * M_hat, constants.law
     return kind.learned_rank(*at), *kind.dead_zone(*at)
@@ -196,6 +218,9 @@ def kept_at(unknowns: Float[np.ndarray, " 3"], constants: Constants) -> Kept:
     if isinstance(kind, Numerical):
         nodes = separable_nodes(unknowns, constants.law, constants.teacher_scale, kind)
         return Kept(nodes.rank, nodes.dead_zone, tuple(nodes.corners.tolist()), nodes.jumps_within)
+    if constants.correlated is not None:  # y of Y', which contains the penalty
+        share = correlated_tail(unknowns, constants.teacher_scale, constants.correlated).share
+        return Kept(share, (-math.inf, 0.0), (0.0,), False)
     rank, low, high = map(float, _kept_at(jnp.asarray(unknowns), constants))
     corners = tuple(y for y in (low, high) if math.isfinite(y) and low < high)
     cut = isinstance(kind, NarrowFactor) and high > 2 * float(kind.decay.scaled_penalty)

@@ -6,6 +6,7 @@ PUBLIC = [
     "Comparison",
     "Compression",
     "Continuation",
+    "Covariance",
     "EffectiveNoise",
     "Estimate",
     "Finetuning",

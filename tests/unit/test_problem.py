@@ -232,7 +232,8 @@ def test_flat_names_are_those_of_the_specs():
     unset = {spec.name for spec in Problem.specs()} - set(flat)
     assert unset == {
         "teacher.exponent", "teacher.eigenvalues", "teacher.spikes", "pretraining.function",
-        "pretraining.degree", "pretraining.scale", "compression.rank",
+        "pretraining.degree", "pretraining.scale", "covariance.eigenvalues", "covariance.shifted",
+        "compression.rank", "compression.whitening", "compression.calibration",
         "finetuning.reused_fraction", "finetuning.noise", "finetuning.selection.pool",
         "finetuning.selection.score", "finetuning.selection.function",
     }  # fmt: skip
