@@ -60,7 +60,7 @@ def learned_rank(S: Matrix) -> float:
 def effective_noise(Q: float, M: float, Q0: float, label_noise: float) -> Numbers:
     """Gain M/Q and variance Δ/2 + Q₀ − M²/Q of the teacher's field given the student's."""
     gain = M / Q if Q > NOTHING_LEARNT else 0.0
-    return {"gain": gain, "variance": label_noise / 2 + Q0 - gain * M}
+    return {"gain": gain, "variance": label_noise / 2 + Q0 - gain * M, "Q": Q}
 
 
 def vector_overlaps(vector: Vector, task_vector: Vector) -> Numbers:

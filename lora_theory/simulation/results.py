@@ -52,6 +52,7 @@ class EffectiveNoiseRuns:
 
     gain: Estimate  #: M/Q
     variance: Estimate  #: Δ/2 + Q₀ − M²/Q
+    Q: Estimate  #: Tr S²/D of the weights that are frozen
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ def kept_simulations(
     failed = table[table["status"] == FAILED]
     if len(failed):
         raise SweepError("; ".join(failed["error"].unique()))
-    labels = {"source", "status", *problem.to_flat()}
+    # fields that this problem does not set have columns too
+    labels = {"source", "status", *(spec.name for spec in Problem.specs())} & set(table)
     found = []
     for dim in dims:
         rows = table[table["dim"] == dim].drop(columns=list(labels))
