@@ -1,5 +1,6 @@
 """What the figures of low-rank methods say: sign and size, with controls that are rejected."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_metrics_order_the_noise(table):
     points = [
         curve(table, name, "metrics", "same", "simulation") for name in ("obd", "svd_llm", "svd")
     ]
-    for better, worse in zip(points[:-1], points[1:], strict=True):
+    for better, worse in itertools.pairwise(points):
         assert (better["delta_eff"] < worse["delta_eff"]).all()
 
 

@@ -7,8 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_theory import Problem, ProblemError, compare, load, predict, simulate, sweep
-from lora_theory.sweeps import api, plan
+from lora_theory import (
+    Pretraining,
+    Problem,
+    ProblemError,
+    compare,
+    load,
+    predict,
+    simulate,
+    sweep,
+)
+from lora_theory.sweeps import api, kept_simulations, plan
 from lora_theory.sweeps.engine import execute
 from lora_theory.sweeps.estimate import expected_seconds
 from lora_theory.sweeps.store import Store
@@ -292,3 +301,14 @@ def test_compare_keeps_its_runs_in_a_sweep(tmp_path, counted):
     again = compare(problem, dims=[8], seeds=3, nodes=64, out=tmp_path)
     assert sum(counted.values()) == 3
     assert again.simulations[0].seeds == 3
+
+
+def test_runs_without_a_second_stage_are_kept(tmp_path):
+    problem = Problem(
+        tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.5,
+        pretraining=Pretraining(samples=0.4, penalty=0.1),
+    )  # fmt: skip
+    for _ in range(2):  # computed, then read
+        (found,) = kept_simulations(problem, [8], 2, tmp_path, starts=0, test_sequences=2)
+        assert found.finetuning is None
+        assert found.pretraining.Q.count == 2
