@@ -39,7 +39,7 @@ _EQUAL = 1e-6
 #: Part of the width of a box, on a logarithmic scale, within which its end counts as reached.
 _EDGE = 1e-6
 #: Upper ends of fields that have one.
-_LARGEST = {"finetuning.reused_fraction": 1.0, "teacher.exponent": 0.49}
+_LARGEST = {"finetuning.reused_fraction": 1.0, "compression.rank": 1.0, "teacher.exponent": 0.49}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,9 @@ def optimize(
             "finetuning.samples and finetuning.penalty"
         )
     if not objective.startswith("finetuning"):
+        later = ("finetuning",) if objective == "effective_noise" else ("finetuning", "compression")
         for name in over:
-            if name.startswith("finetuning"):
+            if name.startswith(later):
                 raise ProblemError(
                     f'over = "{name}" is not allowed with objective = "{objective}", which it does '
                     "not change"

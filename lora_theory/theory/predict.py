@@ -357,7 +357,8 @@ def frozen_weights(
 
     ``discretisation`` says how many matrices are drawn where tokens have a covariance.
     """
-    if problem.covariance is not None and discretisation is not None:
+    if problem.covariance is not None:
+        assert discretisation is not None
         _check_rank(problem, root)
         return used_weights(
             problem, root.block_unknowns, discretisation.blocks, discretisation.seed

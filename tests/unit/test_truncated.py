@@ -15,6 +15,7 @@ from lora_theory import (
     Problem,
     ProblemError,
     Teacher,
+    optimize,
     predict,
     simulate,
     spectrum,
@@ -230,6 +231,15 @@ def test_saved_weights_hold_both_matrices(tmp_path):
     with np.load(path) as saved:
         assert saved["S_frozen"].shape == (2, 8, 8)
         assert np.linalg.matrix_rank(saved["S_frozen"][0], tol=1e-9) == 2
+
+
+def test_the_share_may_be_optimised_where_it_matters():
+    problem = asked("weight_decay", compression=Compression(rank=0.2))
+    with pytest.raises(ProblemError, match=r"compression\.rank.*which it does not change"):
+        optimize(problem, ["compression.rank"], "pretraining.test_error")
+    best = optimize(problem, ["compression.rank"], "effective_noise")
+    assert 0.2 < best.optimum["compression.rank"] <= 1
+    assert best.objective < predict(problem).effective_noise.delta_eff
 
 
 @pytest.mark.parametrize("rank", [0, -0.1, 1.5, np.nan, "half", True])
