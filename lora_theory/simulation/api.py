@@ -54,7 +54,8 @@ def simulate(
     """Train and measure ``seeds`` independent systems of embedding dimension ``dim``.
 
     Every run draws a teacher, N = round(αD²) sequences and their noisy labels, minimises the
-    training loss over W ∈ R^{D×P} by full-batch L-BFGS, then, with W frozen, the fine-tuning loss
+    training loss over W ∈ R^{D×P} by full-batch L-BFGS (penalties with kinks by proximal gradients,
+    their tolerance relative to the gradient of the loss), then, with W frozen, the fine-tuning loss
     over w ∈ R^D on N' = round(α'D) sequences, once from w* (informed) and from ``starts`` random
     vectors.  The losses compare T×T attention matrices (docs/theory.md, section 1; model of
     arXiv 2606.05899, pre-training stage of arXiv 2509.24914).  Test errors are means over
@@ -82,15 +83,17 @@ def simulate(
         device: "cpu", "gpu" or None (JAX's default).
         save: a .npz file for the weights of all seeds along the first axis: W0 (seeds, D, P0), W
             (seeds, D, P), w_star, w and w_random (seeds, D), in float64, with the problem as TOML
-            text and the root seed; S0 or S (seeds, D, D) where there is no factor.  Written at the
-            end, whole or not at all.
+            text and the root seed; S0 or S (seeds, D, D) where there is no factor; S_frozen of a
+            compression.  Written at the end, whole or not at all.
         test_sequences: fresh sequences per run.
         gradient_tolerance: a descent stops at ‖∇L‖/‖2λW‖ below this; 1e-5 in float64 and 1e-3 in
             float32 by default.
         max_iterations: a descent stops after so many steps; like every descent that stops above
             the tolerance it is counted in ``missed`` and kept.
-        start_scale: factor of the factor W with iid N(0, 1) entries at which pre-training starts:
-            it matters where the penalty is not convex, as in low-rank decay.
+        start_scale: of the start of pre-training, W with iid N(0, 1) entries, or preconditioned
+            weights with singular values up to σ̂/4.  It matters where the penalty is not convex:
+            low-rank decay learns less from small starts, preconditioned weights leave the branch of
+            the theory from large ones (docs/theory.md, section 2.8).
         progress: show a bar of the seeds on stderr.
 
     Raises:
@@ -121,6 +124,12 @@ def simulate(
     )  # fmt: skip
     if effort.pretrained == "sampled":
         check_sampled(problem)
+    from_zero = problem.pretraining.regularizer in ("frobenius", "separable")
+    if effort.start_scale != 1 and (from_zero or effort.pretrained == "sampled"):
+        raise ProblemError(
+            f"start_scale = {effort.start_scale:g} is not allowed where pre-training does not "
+            "start from random weights, as with these settings: leave it out"
+        )
     path = None if save is None else checked_path(save)
     if path is not None:
         problem.check_text()  # it is saved with the weights

@@ -44,7 +44,7 @@ from lora_theory.simulation.passing import (
 from lora_theory.simulation.pretraining import PretrainingData, pretraining_data, pretraining_task
 from lora_theory.simulation.sampled import check_sampled, sampled_minimum, teacher_alone
 from lora_theory.simulation.sizes import Sizes
-from lora_theory.theory.regularizers import WeightDecay
+from lora_theory.theory.regularizers import NarrowFactor
 from lora_theory.theory.units import Units
 from lora_theory.theory.weights import Constants
 
@@ -227,11 +227,13 @@ def _pretrain(
     problem: Problem, sizes: Sizes, data: PretrainingData, limits: _Limits, key: Key[Array, ""]
 ) -> StagePassing:
     dim, activation, units = sizes.dim, problem.activation, Units.of(problem)
-    regularizer, columns = Constants.of(problem).regularizer, dim
-    if problem.pretraining.regularizer == "weight_decay":
-        columns = sizes.student_rank  # rounded, as is κ = P/D in λ̃
-        penalty = problem.pretraining.penalty / units.student
-        regularizer = WeightDecay(math.sqrt(columns / dim) * penalty)
+    columns, regularizer = dim, Constants.of(problem).regularizer
+    if Form.of(problem.pretraining).is_factor:
+        columns = sizes.student_rank  # rounded, as is κ = P/D in the strength of the penalty
+        rounded = problem.replace({"pretraining.rank": columns / dim})
+        regularizer = Constants.of(rounded).regularizer
+        if isinstance(regularizer, NarrowFactor):  # the cut to P columns is made below
+            regularizer = regularizer.decay
     system = PretrainingSystem.of(
         data.sequences,
         units.teacher * data.teacher_fields,

@@ -113,7 +113,8 @@ def random_start_threshold(
     dim = checked_integer("dim", dim, _SMALLEST_DIM)
     seeds, starts = checked_integer("seeds", seeds, 2), checked_integer("starts", starts, 1)
     if pretrained is None:
-        pretrained = "sampled" if stage.sequences == "fresh" else "trained"
+        drawn = problem.pretraining.regularizer != "low_rank_decay"
+        pretrained = "sampled" if stage.sequences == "fresh" and drawn else "trained"
     table: dict[int, RandomStart] = {}
 
     def share(count: int) -> float:

@@ -78,6 +78,11 @@ def check_sampled(problem: Problem) -> None:
             'finetuning.sequences = "reused" is not allowed with pretrained = "sampled", which '
             'trains on no sequences: it must be "fresh"'
         )
+    if problem.pretraining.regularizer == "low_rank_decay":
+        raise ProblemError(
+            'pretraining.regularizer = "low_rank_decay" is not allowed with pretrained = '
+            '"sampled": training does not reach the minimum that the theory would draw from'
+        )
     if problem.activation == "softmax":
         check_tokens(problem.tokens)
 

@@ -161,7 +161,7 @@ def _checked(
     fields = [
         name
         for name in continuous_fields(problem)
-        if branch != "pretraining" or not name.startswith("finetuning")
+        if branch != "pretraining" or not name.startswith(("finetuning", "compression"))
     ]
     if over not in fields:
         raise ProblemError(

@@ -166,10 +166,12 @@ def correlated_weights(
         unknowns: log(Q̂, M̂, V̂). scale: of the teacher. kind: λ̃, κ0 and the levels of C.
 
     Example:
+        >>> import jax
         >>> kind = CorrelatedTokens(0.1, 0.5, (1.0,))  # C = I: J of the package
         >>> from lora_theory.theory.spectrum import truncated_second_moment
         >>> values, slopes = correlated_weights(np.zeros(3), 1.0, kind)
-        >>> J = truncated_second_moment(1.0, 0.2, 0.5)
+        >>> with jax.enable_x64(True):
+        ...     J = float(truncated_second_moment(1.0, 0.2, 0.5))
         >>> abs(float(values[0] - J)) < 1e-6
         True
     """

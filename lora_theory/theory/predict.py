@@ -171,9 +171,9 @@ def finetune(
 ) -> tuple[FinetuningPrediction, ...]:
     """The second stage alone, from (gain, variance, Q): its branches, least potential first.
 
-    For fresh sequences only: re-used ones depend on the pre-training that made the weights
-    (docs/theory.md, sections 3 and 4).  :func:`lora_theory.measure_noise` makes ``noise`` from the
-    user's own weights.
+    For fresh sequences of tokens with covariance 1 only: re-used ones depend on the pre-training
+    that made the weights (docs/theory.md, sections 3 and 4), and a covariance enters LoRA itself
+    (section 3.8).  :func:`lora_theory.measure_noise` makes ``noise`` from the user's own weights.
 
     Raises:
         ProblemError: ``finetuning.sequences`` is "reused", ``finetuning.rescaling`` is not 1, the

@@ -55,7 +55,7 @@ def drawn_weights(
         >>> kind = CorrelatedTokens(0.1, 0.5, (0.5, 1.5))
         >>> drawn = drawn_weights(np.zeros(3), 1.0, kind, 200, 0)
         >>> c = drawn.levels
-        >>> Q = np.sum((drawn.S * c[:, None]) * (drawn.S.T * c).T) / len(c)  # Tr (CS)²/n
+        >>> Q = np.sum(drawn.S**2 * np.outer(c, c)) / len(c)  # Tr (CS)²/n
         >>> from lora_theory.theory.correlated import correlated_weights
         >>> bool(abs(Q / correlated_weights(np.zeros(3), 1.0, kind)[0][0] - 1) < 0.1)
         True

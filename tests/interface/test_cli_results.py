@@ -17,7 +17,7 @@ JSON_NAMES = {
     "stability": {"pretraining", "finetuning"},
     "problem": {
         "tokens", "activation", "teacher_rank", "label_noise", "inverse_temperature", "teacher",
-        "pretraining", "finetuning",
+        "covariance", "pretraining", "compression", "finetuning",
     },
     "pretraining": STAGE
     | {"Q", "M", "V", "Q_hat", "M_hat", "V_hat", "potential"}

@@ -40,7 +40,8 @@ def on_training_sequences(problem, measure, dims, seeds):
             keys = [run_key(5, index) for index in range(seeds)]
             data, _, weights = pretrained_weights(problem, sizes, EFFORT, keys)
             found = [
-                measure(run, compressed(one, sizes)) for run, one in zip(data, weights, strict=True)
+                measure(run, compressed(one, problem, sizes))
+                for run, one in zip(data, weights, strict=True)
             ]
         estimates.append(Estimate.of(found))
     return extrapolate(estimates, dims, 1.0)
@@ -78,7 +79,7 @@ def test_softmax_fields_of_reused_sequences_are_those_of_training_ones():
     with jax.enable_x64(True):
         weights = frozen_weights(problem, solve_pretraining(problem.alone, SETTINGS))
         task = Task(1.0, 1.0, 1e-12, weights.label_variance)
-        nodes = gaussian_blocks(node_dimension(2, "softmax", compressed=True), 2048, 8, 3)
+        nodes = gaussian_blocks(node_dimension(2, "softmax", compressed=True), 1024, 4, 3)
         nodes = np.concatenate(nodes, axis=1)
 
         def loss(before, reuse):
@@ -124,21 +125,25 @@ def differences(problem, other, names, dims, seeds=6):
 
 def test_preconditioned_weights_learn_what_is_predicted():
     """Less, than where their polynomial were its slope at 0."""
-    problem = asked("linear", penalty=0.3, regularizer="preconditioned", degree=9, scale=1.8)
-    straight = asked("linear", penalty=0.3 / 3.625**2)
+    # eigenvalues that do not fluctuate: the cap is felt by the largest ones
+    teacher = {"teacher_rank": None, "teacher.law": "eigenvalues"}
+    teacher["teacher.eigenvalues"] = (3.0, 2.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0)
+    polynomial = {"regularizer": "preconditioned", "degree": 9, "scale": 2.0}
+    problem = asked("linear", penalty=0.3, **polynomial).replace(teacher)
+    straight = asked("linear", penalty=0.3 / 3.625**2).replace(teacher)
     theory, other = predict(problem), predict(straight).pretraining
     assert theory.status.value == "converged"
     names = "train_error", "test_error", "Q"
-    for name, found in zip(names, differences(problem, straight, names, (32, 64), 8), strict=True):
+    for name, found in zip(names, differences(problem, straight, names, (24, 48), 6), strict=True):
         value = getattr(theory.pretraining, name) - getattr(other, name)
         assert abs(found.mean - value) < 4 * found.error, name
         assert abs(found.mean) > 5 * found.error, name
 
 
-def test_low_rank_decay_reaches_the_predicted_loss_and_a_rank_above_the_least():
-    """Its theory is unstable: the loss agrees, the rank lies at or above that of the least minimum.
+def test_low_rank_decay_reaches_the_predicted_loss_and_a_lower_rank():
+    """The loss is that of the unstable theory, the rank below that of weight decay as strong.
 
-    Weight decay of the same strength has a higher one.
+    By how much is on figure decay.
     """
     problem, plain = asked("linear", penalty=0.1, regularizer="low_rank_decay"), asked("linear")
     theory, other = predict(problem).pretraining, predict(plain).pretraining

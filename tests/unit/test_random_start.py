@@ -59,7 +59,7 @@ def test_shares_that_fall_are_no_threshold():
     assert _fitted(rows({1.0: 12, 2.0: 9, 4.0: 8, 8.0: 2})) is None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_label_noise_needs_more_samples():
     """Same seed, same table; the control, ten times the noise, lies clearly higher."""
     found, again, noisy = (

@@ -217,7 +217,7 @@ def test_the_simulation_keeps_what_is_largest():
     S = S + S.T
     with jax.enable_x64(True):
         left = np.linalg.eigvalsh(
-            compressed(Symmetric(jnp.asarray(S)), Sizes.of(problem, 16)).matrix
+            compressed(Symmetric(jnp.asarray(S)), problem, Sizes.of(problem, 16)).matrix
         )
     levels = np.linalg.eigvalsh(S)
     assert_allclose(np.sort(np.abs(left))[-4:], np.sort(np.abs(levels))[-4:])
