@@ -99,7 +99,8 @@ def compare(
     fine-tuning, where the task is correlated with K = S0 − Ŝ.  For linear attention the measured
     cross term 2(T+1)/T (w*ᵀKw* − wᵀKw)/D^{3/2} is subtracted from the test errors, which leaves
     1/D (docs/theory.md, section 7).  The simulation starts where the predicted branch is: at w* for
-    "informed", else it is the random start of lowest loss.
+    "informed", else it is the random start of lowest loss.  Pre-training is compared as trained:
+    what a compression leaves shows in fine-tuning.
 
     Args:
         dims: D, or several different D. seeds: runs per D, at least 2.

@@ -201,15 +201,15 @@ def test_a_killed_sweep_is_resumed_to_the_same_bytes():
     pytest.importorskip("distributed")
     script = Path(__file__).resolve().parents[2] / "experiments" / "survival.py"
     ended = subprocess.run(
-        [sys.executable, script, "--tasks", "30", "--kills", "3"],
+        [sys.executable, script, "--tasks", "20", "--kills", "3"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "killed: {'worker': 1, 'client': 1, 'all': 1}" in ended.stdout
-    assert "results: 30\nresults lost: 0" in ended.stdout
-    assert "tables of 30 rows equal byte by byte: True" in ended.stdout
+    assert "results: 20\nresults lost: 0" in ended.stdout
+    assert "tables of 20 rows equal byte by byte: True" in ended.stdout
 
 
 @pytest.fixture

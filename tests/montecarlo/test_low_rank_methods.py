@@ -67,7 +67,7 @@ def test_linear_noise_of_reused_sequences_is_that_of_training_ones():
         gap = as_matrix(run.teacher) - as_matrix(weights)
         return noise / (problem.label_noise / 2 + (gap**2).sum() / len(gap))
 
-    found = on_training_sequences(problem, measure, (32, 64), 6)
+    found = on_training_sequences(problem, measure, (24, 48), 6)
     assert abs(found.mean - predicted / fresh) < 4 * found.error
     for wrong in (fresh, alone):
         assert abs(found.mean - wrong / fresh) > 6 * found.error
@@ -123,6 +123,7 @@ def differences(problem, other, names, dims, seeds=6):
     ]
 
 
+@pytest.mark.exhaustive
 def test_preconditioned_weights_learn_what_is_predicted():
     """Less, than where their polynomial were its slope at 0."""
     # eigenvalues that do not fluctuate: the cap is felt by the largest ones
