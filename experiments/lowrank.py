@@ -63,7 +63,8 @@ METHODS = (
     ),
     Method(
         "preconditioned", "preconditioned (d = 9), ŝ", "pretraining.scale", (1.3, 12.0),
-        (1.6, 2.5, 6.0), {"regularizer": "preconditioned", "degree": 9, "penalty": 0.3},
+        (1.6, 2.5, 6.0),
+        {"regularizer": "preconditioned", "degree": 9, "scale": 4.0, "penalty": 0.3},
         "#E69F00", "-.", "^",
     ),
     Method(
@@ -109,9 +110,7 @@ def asked(activation: str, method: Method, sequences: str, strength: float) -> P
     """κ0 = ½, Δ = ½, α = 0.4, λ' = 0.2; λ = 0.02 of what is truncated; α' by activation."""
     problem = Problem(
         tokens=2, activation=activation, teacher_rank=0.5, label_noise=0.5,
-        pretraining=Pretraining(
-            samples=0.4, **({"penalty": 0.02, "scale": _scale(method)} | method.pretraining)
-        ),
+        pretraining=Pretraining(samples=0.4, **({"penalty": 0.02} | method.pretraining)),
         compression=Compression(rank=0.5) if method.truncates else None,
         finetuning=Finetuning(samples=SAMPLES[activation], penalty=0.2, sequences=sequences),
     )  # fmt: skip
@@ -146,10 +145,6 @@ def jobs(row: str, profile: Profile, *, simulated: bool) -> dict[Key, Problem]:
             make = asked_of_tokens if row == "metrics" else functools.partial(asked, row)
             found[method.name, kind, strength] = make(method, kind, strength)
     return found
-
-
-def _scale(method: Method) -> float | None:
-    return 4.0 if "degree" in method.pretraining else None
 
 
 def theory(row: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
