@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,8 @@ import selection
 import spectra
 from figure_tools import FULL, QUICK
 
+from lora_theory.compilation import keep_programs
+
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
@@ -55,12 +56,6 @@ EXPERIMENTS = {
     )
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-#: All processes share compiled programs; a size makes JAX lock the folder.
-COMPILED = {
-    "JAX_COMPILATION_CACHE_DIR": str(FIGURES / "quick" / "compiled"),
-    "JAX_COMPILATION_CACHE_MAX_SIZE": "4000000000",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 
 
 def main() -> None:
@@ -80,8 +75,7 @@ def main() -> None:
     chosen = FULL if options.full else QUICK
     if options.theory:
         chosen = dataclasses.replace(chosen, sources=("theory",))
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ |= COMPILED
+    keep_programs(FIGURES / "quick" / "compiled")
     folder = FIGURES if options.full else FIGURES / "quick"
     for name in [options.only] if options.only else EXPERIMENTS:
         start = time.perf_counter()

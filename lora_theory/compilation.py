@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-__all__ = ["double_precision", "make_room", "quickly_compiled"]
+__all__ = ["COMPILED", "double_precision", "keep_programs", "make_room", "quickly_compiled"]
 
 #: Each halves the time to compile on a CPU and leaves the time to run as it is (jax 0.10).
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+#: Settings of JAX with which processes share compiled programs; a size makes it lock the folder.
+COMPILED = {
+    "jax_compilation_cache_max_size": 4_000_000_000,
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}
 #: Where Linux tells how many memory maps this process has, one a line, and how many it may have.
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
@@ -66,3 +72,20 @@ def double_precision() -> Iterator[None]:
     make_room()
     with jax.enable_x64(True):
         yield
+
+
+def keep_programs(folder: str | os.PathLike[str] | None = None) -> None:
+    """Keep compiled programs on disk from here on, for this process and those it starts.
+
+    Nothing changes where the environment names a folder of its own, as JAX reads it.
+
+    Args:
+        folder: by default one of the user's cache.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    chosen = str(folder or cache / "lora_theory" / "programs")
+    for name, value in {"jax_compilation_cache_dir": chosen, **COMPILED}.items():
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+        os.environ[name.upper()] = str(value)

@@ -29,7 +29,7 @@ from lora_theory.selection import check_score, score_name
 
 __all__ = [
     "Compression", "Covariance", "FieldSpec", "Finetuning", "Pretraining", "Problem",
-    "ProblemError", "Selection", "Teacher", "assign", "read_toml",
+    "ProblemError", "Selection", "Teacher", "assign", "parse_toml", "read_toml",
 ]  # fmt: skip
 
 
@@ -232,13 +232,20 @@ def assign(raw: dict[str, Any], name: str, value: Any) -> None:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The nested values in a TOML file; a :class:`ProblemError` says why it cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ProblemError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_toml(content, str(path))
+
+
+def parse_toml(content: bytes, name: str) -> dict[str, Any]:
+    """The same of what a file of this name contains."""
+    try:
+        return tomllib.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ProblemError(f"{path} is not UTF-8 text") from error
+        raise ProblemError(f"{name} is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:  # numbers too long, tables too deep included
-        raise ProblemError(f"{path} is not valid TOML: {error}") from error
+        raise ProblemError(f"{name} is not valid TOML: {error}") from error
 
 
 def _with_parts(part: type, raw: Mapping[str, Any], prefix: str) -> dict[str, Any]:

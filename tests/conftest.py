@@ -11,26 +11,17 @@ import hypothesis
 import jax
 import pytest
 
-from lora_theory.compilation import make_room
+from lora_theory.compilation import keep_programs, make_room
 
 os.environ["MPLBACKEND"] = "Agg"
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
 
-#: A size makes JAX lock the folder, which processes share.
-COMPILED = {
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-    "jax_compilation_cache_max_size": 4_000_000_000,
-}
-
-
 def pytest_configure(config: pytest.Config) -> None:
     assert config.cache is not None
-    settings = {"jax_compilation_cache_dir": str(config.cache.mkdir("compiled")), **COMPILED}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    keep_programs(config.cache.mkdir("compiled"))
 
 
 @pytest.fixture(autouse=True)

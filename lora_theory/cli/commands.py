@@ -97,6 +97,17 @@ def _sweep(request: Given) -> int:
     return _deliver(request, summary, sweep_table, summary.solved)
 
 
+def _explore(request: Given) -> int:
+    from lora_theory.explorer.server import serve
+
+    asked = {"host": "127.0.0.1", "port": 2718, **request.settings}
+    serve(
+        request.problem, host=asked["host"], port=asked["port"],
+        browser=not asked.get("no_browser", False),
+    )  # fmt: skip
+    return Exit.SOLVED
+
+
 def _figures(request: Given) -> int:
     quick, full = (request.settings.get(name, False) for name in ("quick", "full"))
     if quick and full:
@@ -374,6 +385,30 @@ COMMANDS = {
             ),
             _sweep,
             takes_problem=False,
+        ),
+        Command(
+            "explore",
+            "Open a page with sliders that theory answers at once; needs the extra: explore.",
+            (
+                Setting(
+                    "port",
+                    "of the page; 0: any that is free",
+                    "an integer ≥ 0",
+                    "natural",
+                    "N",
+                    2718,
+                ),
+                Setting(
+                    "host",
+                    "who may connect; by default this machine alone",
+                    metavar="ADDRESS",
+                    default="127.0.0.1",
+                ),
+                Setting("no_browser", "only print the address", "", "switch", ""),
+            ),
+            _explore,
+            needs_problem=False,
+            offers_json=False,
         ),
         Command(
             "figures",

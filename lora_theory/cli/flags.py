@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from lora_theory.problem import FieldSpec, Problem, ProblemError, assign, read_toml
+from lora_theory.problem import FieldSpec, Problem, ProblemError, read_toml
+from lora_theory.spelling import number, problem_of_texts
 
-__all__ = ["PROGRAM", "Command", "Given", "Setting", "given", "number", "parse"]
+__all__ = ["PROGRAM", "Command", "Given", "Setting", "given", "parse"]
 
 PROGRAM = "lora-theory"
 _DESCRIPTION = f"""\
@@ -69,6 +70,7 @@ class Command(NamedTuple):
     settings: tuple[Setting, ...]
     run: Callable[[Given], int]
     takes_problem: bool = True
+    needs_problem: bool = True
     offers_json: bool = True
 
 
@@ -114,36 +116,17 @@ def given(command: Command, parsed: Any) -> Given:
             settings[setting.name] = _converted(setting, value)
         elif setting.required:
             raise ProblemError(f"{setting.name} is missing: it must be {setting.allowed}")
-    problem = _problem(parsed) if command.takes_problem else None
+    problem = _problem(parsed, command.needs_problem) if command.takes_problem else None
     return Given(problem, settings, command.offers_json and parsed.json)
 
 
-def number(text: str) -> int | float | str:
-    """The integer or float that a text spells, or the text itself.
-
-    Example:
-        >>> number("2"), number("2.0"), number("-1e-3"), number("two")
-        (2, 2.0, -0.001, 'two')
-    """
-    with contextlib.suppress(ValueError):
-        whole = int(text)
-        if abs(whole) < 10**300:  # what no float can hold becomes infinite below
-            return whole
-    with contextlib.suppress(ValueError):
-        return float(text)
-    return text
-
-
-def _problem(parsed: Any) -> Problem:
+def _problem(parsed: Any, needed: bool) -> Problem | None:
     """The problem of the TOML file, if one is named, its values replaced by the given flags."""
-    raw: dict[str, Any] = read_toml(parsed.file) if parsed.file else {}
-    for spec in Problem.specs():
-        text = operator.attrgetter(spec.name)(parsed)
-        if text is None:
-            continue
-        values = [number(part) for part in text.split(",")]
-        assign(raw, spec.name, text if spec.text else values if len(values) > 1 else values[0])
-    return Problem.from_dict(raw)
+    raw = read_toml(parsed.file) if parsed.file else {}
+    texts = {spec.name: operator.attrgetter(spec.name)(parsed) for spec in Problem.specs()}
+    if not (needed or parsed.file or any(texts.values())):
+        return None
+    return problem_of_texts(texts, raw)
 
 
 def _converted(setting: Setting, value: Any) -> Any:

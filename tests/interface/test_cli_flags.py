@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lora_theory import Finetuning, Pretraining, Problem, Selection, compare, predict, simulate
 from lora_theory.cli.commands import COMMANDS
-from lora_theory.cli.flags import given, number, parse
+from lora_theory.cli.flags import given, parse
+from lora_theory.spelling import number
 
 positive = st.floats(1e-12, 1e12)
 problems = st.builds(

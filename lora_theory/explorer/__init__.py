@@ -1,0 +1,1 @@
+"""The interactive explorer of regimes: `lora-theory explore` (needs the extra: explore)."""

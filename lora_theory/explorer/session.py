@@ -1,0 +1,313 @@
+"""One browser session: what its controls ask for, and what it has been answered."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from lora_theory.compare import agreements
+from lora_theory.explorer.answers import COARSE, FINE, Precision, answer
+from lora_theory.explorer.controls import CONTROLS, GROUPS, problem_of, values_of
+from lora_theory.explorer.exports import address
+from lora_theory.explorer.lanes import Lane
+from lora_theory.explorer.panel import Panel
+from lora_theory.explorer.presets import PRESETS
+from lora_theory.explorer.readouts import Point
+from lora_theory.explorer.requests import Request, option_controls
+from lora_theory.explorer.trial import Trial, trial
+from lora_theory.explorer.views import Measured, View
+from lora_theory.problem import Problem, ProblemError, parse_toml
+from lora_theory.spelling import problem_of_texts
+
+__all__ = ["Session", "Shown"]
+
+START = PRESETS["Published Fig 1, linear"]
+#: Seconds without a change after which refinement begins, and with no answer until it is explained.
+_REST, _PATIENCE = 0.25, 1.5
+_COMPILING = "Compiling the equations of this kind of problem, once: this may take half a minute …"
+_KEPT_TRIALS = 12
+#: matplotlib keeps caches that threads share.
+_DRAWING = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The view on the page: its picture, or the sentence that says why there is none."""
+
+    request: Request
+    view: View | None = None
+    message: str = ""
+    png: bytes = b""
+
+    def to_html(self) -> str:
+        """The picture with its caption, or the sentence."""
+        if self.view is None:
+            return f'<p class="view sentence">{html.escape(self.message)}</p>'
+        busy = "" if self.view.done >= 1 else f" · {self.view.done:.0%} refined"
+        source = base64.b64encode(self.png).decode()
+        caption = html.escape(self.view.caption)
+        return (
+            f'<figure class="view" data-view="{self.request.view}" '
+            f'data-done="{self.view.done:.3f}">'
+            f'<img alt="{caption}" src="data:image/png;base64,{source}">'
+            f"<figcaption>{caption}{busy}</figcaption></figure>"
+        )
+
+
+class Session:
+    """What one page asks for and is answered; the page gives it the setters of its states.
+
+    Args:
+        query: the address of the page: fields of a problem and options of the view.
+        show_point, show_view, show_words: called, also from the threads, with a :class:`Point`, a
+            :class:`Shown`, and sentences about the simulation.
+        thread: makes the threads.
+    """
+
+    def __init__(
+        self,
+        query: Mapping[str, str],
+        *,
+        show_point: Callable[[Point], None],
+        show_view: Callable[[Shown], None],
+        show_words: Callable[[str], None],
+        thread: Callable[..., threading.Thread] = threading.Thread,
+    ) -> None:
+        self._show_point, self._show_view, self._show_words = show_point, show_view, show_words
+        self.problem = START.problem
+        self.point = Point(self.problem, message="Solving the equations …")
+        self.request = Request.of(self.problem, {"view": START.view, "along": START.field})
+        self.shown = Shown(self.request, message="Solving the equations …")
+        self.trials: dict[Problem, Trial] = {}
+        self._lanes = [Lane(self._failed, thread) for _ in range(4)]
+        self._quick, self._thorough, self._watch, self._training = self._lanes
+        self.panel = Panel(CONTROLS, GROUPS, values_of(self.problem), self._controls_changed)
+        self.options = Panel(
+            option_controls(self.problem), {}, self.request.options, self._options_changed
+        )
+        self._look(self.shown)
+        self._begin(query)
+
+    # -- what the user does ----------------------------------------------------------------------
+
+    def _begin(self, query: Mapping[str, str]) -> None:
+        """What the address asks for; what it asks for in vain is said, and the start shown."""
+        known = self.request.options
+        options = {name: text for name, text in query.items() if name in known}
+        fields = {name: text for name, text in query.items() if name not in known}
+        self._ask()
+        if fields:
+            self._read("the address", lambda: problem_of_texts(fields))
+        self.options.values = {**self.options.values, **options}
+
+    def choose(self, preset: str) -> None:
+        """Begin again with a preset."""
+        chosen = PRESETS[preset]
+        axes = {"along": chosen.field, "x": "pretraining.penalty", "y": chosen.field}
+        self.panel.values = values_of(chosen.problem)
+        self.options.values = {**self.options.values, "view": chosen.view, **axes}
+
+    def import_toml(self, name: str, content: bytes) -> None:
+        """Show the problem in a TOML file; one that cannot be read is refused, and nothing lost."""
+        self._read(name, lambda: Problem.from_dict(parse_toml(content, name)))
+
+    def _read(self, source: str, problem: Callable[[], Problem]) -> None:
+        try:
+            self.panel.values = values_of(problem())
+        except ProblemError as error:
+            self._say(f"{source} is not shown: {error}")
+
+    def close(self) -> None:
+        """End the threads."""
+        for lane in self._lanes:
+            lane.close()
+
+    def _controls_changed(self, values: dict[str, str]) -> None:
+        try:
+            self.problem = problem_of(values)
+        except ProblemError as error:
+            sentence = str(error)
+            name = next((c.name for c in CONTROLS if sentence.startswith(f"{c.name} ")), "")
+            self.panel.fault = {"name": name, "text": sentence}
+            for lane in (self._quick, self._thorough, self._watch):
+                lane.ask(None)
+            self._show(Point(self.problem, message=sentence, refused=True))
+            return
+        self.panel.fault = {}
+        controls = [control.to_dict() for control in option_controls(self.problem)]
+        if controls != self.options.controls:
+            self.options.controls = controls
+        self._ask()
+
+    def _options_changed(self, options: dict[str, str]) -> None:
+        former, self.request = self.request, Request.of(self.problem, options)
+        if former.options["simulate"] != self.request.options["simulate"]:
+            self._simulate()
+        elif former.options["cancel"] != self.request.options["cancel"]:
+            self._cancel()
+        elif former != self.request:
+            self._thorough.ask(self._refine)
+
+    def _simulate(self) -> None:
+        problem = self.problem
+        try:
+            dims, seeds = self.request.size()
+        except ProblemError as error:
+            self._show_words(str(error))
+            return
+        self._show_words("The simulation compiles and trains its first run …")
+        self._training.ask(lambda: self._train(problem, dims, seeds))
+
+    def _cancel(self) -> None:
+        if self._training.busy:
+            self._training.ask(None)
+            self._show_words("Cancelled; the runs that have ended are kept.")
+
+    # -- the work --------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        problem = self.problem
+        self._show(dataclasses.replace(self.point, problem=problem, waiting=True, refused=False))
+        self._watch.ask(self._reassure)
+        self._quick.ask(lambda: self._coarse(problem))
+        self._thorough.ask(self._refine)
+
+    def _reassure(self) -> Iterator[None]:
+        if self._watch.wait(_PATIENCE):
+            self._show(dataclasses.replace(self.point, message=_COMPILING))
+        yield
+
+    def _coarse(self, problem: Problem) -> Iterator[None]:
+        found = self._predicted(problem, COARSE)
+        yield
+        self._watch.ask(None)
+        self._show(found)
+
+    def _refine(self) -> Iterator[None]:
+        """The first, coarse view; the refined point; the rest of the view."""
+        problem, request = self.problem, self.request
+        if not self._thorough.wait(_REST):
+            return
+        steps = self._views(problem, request)
+        next(steps, None)
+        yield
+        if not (self.point.refined and self.point.problem == problem):
+            found = self._predicted(problem, FINE)
+            yield
+            self._show(found)
+        yield from steps
+
+    def _predicted(self, problem: Problem, precision: Precision) -> Point:
+        try:
+            return Point(problem, answer(problem, precision), refined=precision == FINE)
+        except ProblemError as error:
+            return Point(problem, message=str(error), refused=True)
+
+    def _views(self, problem: Problem, request: Request) -> Iterator[None]:
+        try:
+            for view in request.views(problem, self._measured(), self.trials.get(problem)):
+                self._look(Shown(request, view, png=_drawn(view, "png", dpi=160)))
+                yield
+        except ProblemError as error:
+            self._look(Shown(request, message=str(error)))
+
+    def _train(self, problem: Problem, dims: tuple[int, ...], seeds: int) -> Iterator[None]:
+        known = -1
+        try:
+            for state in trial(problem, dims, seeds):
+                if state.done > known:
+                    known = state.done
+                    self._learn(state)
+                yield
+        except ProblemError as error:
+            self._show_words(str(error))
+
+    def _learn(self, state: Trial) -> None:
+        if state.done == 0:
+            return
+        self.trials.pop(state.problem, None)
+        self.trials[state.problem] = state
+        for oldest in list(self.trials)[:-_KEPT_TRIALS]:
+            del self.trials[oldest]
+        self._show_words(f"{state.done} of {state.total} runs have ended.")
+        self._thorough.ask(self._refine)
+
+    def _measured(self) -> list[Measured]:
+        """Trials with at least two runs at each D, beside their theory."""
+        found = []
+        for state in list(self.trials.values()):
+            if state.comparable:
+                runs = {dim: pd.DataFrame(rows) for dim, rows in state.runs.items()}
+                agreed = agreements(answer(state.problem, FINE), runs)
+                found.append(Measured(state.problem, state.dims, agreed))
+        return found
+
+    # -- what the page is told -------------------------------------------------------------------
+
+    def _show(self, point: Point) -> None:
+        self.point = point
+        self._show_point(point)
+
+    def _say(self, notice: str) -> None:
+        self._show(dataclasses.replace(self.point, notice=notice))
+
+    def _look(self, shown: Shown) -> None:
+        self.shown = shown
+        self._show_view(shown)
+
+    def _failed(self, error: Exception) -> None:
+        traceback.print_exception(error)
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self._say(f"This failed, which is a bug of the explorer; please report it. {words}")
+
+    # -- what the user takes away ----------------------------------------------------------------
+
+    def address(self) -> dict[str, str]:
+        """What brings this page back."""
+        return {**address(self.problem), **self.request.address(self.problem)}
+
+    def pdf(self) -> bytes:
+        """The figure in vector graphics, without a date; nothing where there is none."""
+        view = self.shown.view
+        return _drawn(view, "pdf", metadata={"CreationDate": None}) if view else b""
+
+    def png(self) -> bytes:
+        """The picture on the page."""
+        return self.shown.png
+
+    def csv(self) -> bytes:
+        """The table that the figure is drawn from, all digits."""
+        view = self.shown.view
+        return view.table.to_csv(index=False).encode() if view else b""
+
+    def toml(self) -> bytes:
+        """The problem."""
+        return self.problem.to_toml().encode()
+
+    def recipes(self) -> str:
+        """TOML, command and program, as HTML."""
+        recipe = self.request.recipe(self.problem, self.shown.view)
+        parts = {
+            "Problem (TOML)": self.problem.to_toml(),
+            "Command": recipe.shell(),
+            "Python": recipe.program(),
+        }
+        texts = "".join(
+            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+            for title, text in parts.items()
+        )
+        return f'<div class="take-away">{texts}</div>'
+
+
+def _drawn(view: View, form: str, **options: Any) -> bytes:
+    with _DRAWING, io.BytesIO() as file:
+        view.draw().savefig(file, format=form, **options)
+        return file.getvalue()
