@@ -13,7 +13,7 @@ comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures figures-full test test-all clean distclean
+.PHONY: help install figures figures-full test test-all browser clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,11 @@ test: $(INSTALLED) ## linters, type checker and tests, the slow ones included
 
 test-all: $(INSTALLED) ## the tests that take minutes each
 	@$(BIN)/pytest -q -m exhaustive
+
+browser: ## Chromium, for the tests of the explorer (Debian and Ubuntu; asks for rights by sudo)
+	@command -v chromium > /dev/null || { \
+	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium > /dev/null; }
 
 clean: ## remove what was computed and built, except .venv and figures/
 	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis

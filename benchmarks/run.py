@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import batches
+import explorer
 import floor
 import integration
 import plain_loop
@@ -32,6 +33,7 @@ PARTS = {
     "simulation": simulation,
     "loop": plain_loop,
     "torch": torch_adam,
+    "explorer": explorer,
 }
 
 

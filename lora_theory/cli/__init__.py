@@ -1,4 +1,4 @@
-"""The command line: ``lora-theory predict | simulate | compare | sweep | figures | doctor``.
+"""The command line: ``lora-theory predict | simulate | compare | sweep | explore | …``.
 
 ``entry`` maps what happened to an exit code, ``flags`` makes the flags from the fields of
 :class:`~lora_theory.problem.Problem`, ``commands`` does the work, ``tables`` and ``progress`` talk

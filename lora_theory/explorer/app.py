@@ -45,10 +45,8 @@ def _(PRESETS, mo, session):
         label="Import a problem (TOML)",
         on_change=lambda files: [session.import_toml(f.name, f.contents) for f in files],
     )
-    mo.sidebar(
-        [mo.md("# lora_theory"), presets, imported, mo.ui.anywidget(session.panel)],
-        width="24rem",
-    )
+    title = mo.Html("<h1>lora_theory explorer</h1>")
+    mo.sidebar([title, presets, imported, mo.ui.anywidget(session.panel)], width="24rem")
     return
 
 

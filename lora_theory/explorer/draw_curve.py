@@ -51,7 +51,7 @@ def draw_curve(table: pd.DataFrame) -> Figure:
     field, logarithmic = table["field"].iloc[0], bool(table["logarithmic"].iloc[0])
     theory = table[(table["source"] == "theory") & ~pending(table)]
     own = theory.loc[theory["chosen"], "x"]
-    shown: dict[str, tuple[Any, ...]] = {}
+    handles = []
     for panel, (name, looks) in zip(panels[0], _PANELS.items(), strict=True):
         if logarithmic:
             panel.set_xscale("log")
@@ -59,7 +59,8 @@ def draw_curve(table: pd.DataFrame) -> Figure:
             rows = table[table["observable"] == observable]
             if len(rows):
                 _draw_line(panel, rows, *look)
-                shown[words] = tuple(look)
+                if looks is _ERRORS:
+                    handles.append(_line(words, *look))
         panel.set_ylabel(name)
         x = table["x"][table["x"] > 0] if logarithmic else table["x"]
         margin = 0.0 if logarithmic else 0.02 * float(np.ptp(x))
@@ -69,15 +70,14 @@ def draw_curve(table: pd.DataFrame) -> Figure:
         last = theory.groupby("x").last().reset_index()
         mark_gaps(panel, last)
     panels[0, 0].set_ylim(bottom=0)
-    handles = [
-        Line2D([], [], color=color, linestyle=dashes, marker=marker, ms=4, label=words)
-        for words, (color, dashes, marker) in shown.items()
-        if words not in ("pre-training", "LoRA")
-    ]
     if theory["precision"].eq("coarse").any():
         handles.append(Line2D([], [], color=GREY, ls=(0, (1, 1.5)), lw=1, label="preliminary"))
-    legend_below(figure, handles + gap_handles(theory), 4)
+    legend_below(figure, handles + gap_handles(theory), 5)
     return figure
+
+
+def _line(words: str, color: str, dashes: Any, marker: str) -> Line2D:
+    return Line2D([], [], color=color, linestyle=dashes, marker=marker, ms=4, label=words)
 
 
 def _draw_line(panel: Any, rows: pd.DataFrame, color: str, dashes: str, marker: str) -> None:

@@ -44,7 +44,8 @@ class Recipe:
 
     Args:
         calls: what the program does after ``problem = …``. command: of the shell, its flags of the
-            problem left out. grid: values of the fields that a sweep varies, in place of a command.
+            problem left out. varied: in place of a command, the fields that a sweep varies, with
+            lists of equal length of their values.
         theory: settings of the theory.
     """
 
@@ -52,12 +53,12 @@ class Recipe:
     imports: Sequence[str]
     calls: Sequence[str]
     command: Sequence[str] = ()
-    grid: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    varied: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     theory: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def shell(self) -> str:
         """The command; that of a sweep with the file it reads."""
-        if self.grid:
+        if self.varied:
             return (
                 f"cat > points.toml <<'END'\n{self._spec()}END\n"
                 f"{_PROGRAM} sweep points.toml --out points"
@@ -84,6 +85,6 @@ class Recipe:
             lines.append(f"{name} = {shown}")
         if self.theory:
             lines += ["", "[theory]", *(f"{name} = {value}" for name, value in self.theory.items())]
-        lines += ["", "[grid]"]
-        lines += [f"{json.dumps(n)} = {list(values)!r}" for n, values in self.grid.items()]
+        lines += ["", "[zip]"]
+        lines += [f"{json.dumps(n)} = {list(values)!r}" for n, values in self.varied.items()]
         return "\n".join(lines) + "\n"

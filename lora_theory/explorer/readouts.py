@@ -19,27 +19,27 @@ __all__ = ["Point", "rows_of"]
 #: stage → {observable: (symbol, words)}
 _SHOWN = {
     "pretraining": {
-        "test_error": ("E", "test error of pre-training"),
-        "overlap": ("M/√(QQ₀)", "overlap with the teacher"),
+        "test_error": ("E", "test error"),
+        "overlap": ("M/√(QQ₀)", "overlap"),
         "learned_rank": ("", "learned rank / D"),
     },
     "effective_noise": {
-        "gain": ("M/Q", "gain of the frozen weights"),
-        "variance": ("", "variance of their noise"),
-        "delta_eff": ("Δ_eff", "effective noise"),
-        "delta_eff_training": ("", "the same in training"),
+        "gain": ("M/Q", "gain"),
+        "variance": ("", "variance"),
+        "delta_eff": ("Δ_eff", "fresh"),
+        "delta_eff_training": ("Δ_eff", "in training"),
     },
     "finetuning": {
-        "test_error": ("E'", "test error after LoRA"),
-        "frozen_test_error": ("E'(w = 0)", "of the frozen layer"),
-        "overlap": ("o", "overlap of w with w*"),
-        "q": ("q", "‖w‖²/D"),
-        "m": ("m", "|w·w*|/D"),
+        "test_error": ("E'", "test error"),
+        "frozen_test_error": ("E'", "without LoRA"),
+        "overlap": ("o", "overlap"),
+        "q": ("q", "= ‖w‖²/D"),
+        "m": ("m", "= |w·w*|/D"),
     },
 }
 _TITLES = {
     "pretraining": "Pre-training",
-    "effective_noise": "Effective noise",
+    "effective_noise": "Noise of the frozen weights",
     "finetuning": "Fine-tuning (LoRA)",
 }
 

@@ -12,6 +12,7 @@ from lora_theory.explorer import views
 from lora_theory.explorer.answers import COARSE, FINE, Precision
 from lora_theory.explorer.controls import CONTROLS, Control, Range, ranges
 from lora_theory.explorer.exports import Recipe
+from lora_theory.explorer.points import REFUSED
 from lora_theory.explorer.trial import Trial
 from lora_theory.explorer.views import OBSERVABLES, Measured, View
 from lora_theory.problem import Problem, ProblemError
@@ -156,20 +157,30 @@ class Request:
             return Recipe(problem, ["compare"], [call], flags)
         if view is None:
             return predicted
-        axes = ("x", "y") if self.view == "map" else ("along",)
         coarse = self.view == "map" and self._precision == COARSE
         theory = dataclasses.asdict(COARSE) if coarse else {}
-        grid = {self.options[axis]: sorted(set(view.table[self.options[axis]])) for axis in axes}
-        loops = " ".join(
-            f"for {name} in {values}" for name, values in zip("xy", grid.values(), strict=False)
-        )
-        changes = ", ".join(f"{field!r}: {name}" for name, field in zip("xy", grid, strict=False))
         given = "".join(f", {name}={value}" for name, value in theory.items())
-        call = (
-            f"points = [problem.replace({{{changes}}}) {loops}]\n"
-            f"predictions = predict_many(points{given})"
-        )
-        return Recipe(problem, ["predict_many"], [call], grid=grid, theory=theory)
+        fields, rows = self._points(problem, view)
+        calls = [
+            f"fields, values = {fields!r}, {rows!r}",
+            "points = [problem.replace(dict(zip(fields, row))) for row in values]",
+            f"predictions = predict_many(points{given})",
+        ]
+        columns = dict(zip(fields, map(list, zip(*rows, strict=True)), strict=True))
+        return Recipe(problem, ["predict_many"], calls, varied=columns, theory=theory)
+
+    def _points(self, problem: Problem, view: View) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """What a curve or a map varies, and the values at the points that theory answers."""
+        axes = {"x": "x", "y": "y"} if self.view == "map" else {"x": "along"}
+        fields = [self.options[option] for option in axes.values()]
+        table = view.table[view.table["source"] == "theory"]
+        answered = table[~table["status"].str.startswith(REFUSED)]
+        known = ranges(problem)
+        kinds = [int if known[field].scale == "integer" else float for field in fields]
+        rows = answered[list(axes)].drop_duplicates().sort_values(list(axes)).to_numpy().tolist()
+        return fields, [
+            tuple(kind(value) for kind, value in zip(kinds, row, strict=True)) for row in rows
+        ]
 
     def _within(self, problem: Problem, axis: str, *ends: str) -> tuple[float, float]:
         """The ends of an axis: those that are given, else those of the slider."""

@@ -32,6 +32,7 @@ __all__ = ["Session", "Shown"]
 START = PRESETS["Published Fig 1, linear"]
 #: Seconds without a change after which refinement begins, and with no answer until it is explained.
 _REST, _PATIENCE = 0.25, 1.5
+_SOLVING = "Solving the equations …"
 _COMPILING = "Compiling the equations of this kind of problem, once: this may take half a minute …"
 _KEPT_TRIALS = 12
 #: matplotlib keeps caches that threads share.
@@ -56,6 +57,7 @@ class Shown:
         caption = html.escape(self.view.caption)
         return (
             f'<figure class="view" data-view="{self.request.view}" '
+            f'data-along="{html.escape(self.request.options["along"])}" '
             f'data-done="{self.view.done:.3f}">'
             f'<img alt="{caption}" src="data:image/png;base64,{source}">'
             f"<figcaption>{caption}{busy}</figcaption></figure>"
@@ -82,10 +84,15 @@ class Session:
         thread: Callable[..., threading.Thread] = threading.Thread,
     ) -> None:
         self._show_point, self._show_view, self._show_words = show_point, show_view, show_words
-        self.problem = START.problem
-        self.point = Point(self.problem, message="Solving the equations …")
-        self.request = Request.of(self.problem, {"view": START.view, "along": START.field})
-        self.shown = Shown(self.request, message="Solving the equations …")
+        self.problem, self._notice = START.problem, ""
+        view = {"view": START.view, "along": START.field}
+        options = Request.of(self.problem, view).options
+        view |= {name: text for name, text in query.items() if name in options}
+        fields = {name: text for name, text in query.items() if name not in options}
+        if fields:
+            self.problem = self._read("the address", lambda: problem_of_texts(fields))
+        self.request = Request.of(self.problem, view)
+        self.point = Point(self.problem)
         self.trials: dict[Problem, Trial] = {}
         self._lanes = [Lane(self._failed, thread) for _ in range(4)]
         self._quick, self._thorough, self._watch, self._training = self._lanes
@@ -93,20 +100,10 @@ class Session:
         self.options = Panel(
             option_controls(self.problem), {}, self.request.options, self._options_changed
         )
-        self._look(self.shown)
-        self._begin(query)
+        self._look(Shown(self.request, message=_SOLVING))
+        self._ask()
 
     # -- what the user does ----------------------------------------------------------------------
-
-    def _begin(self, query: Mapping[str, str]) -> None:
-        """What the address asks for; what it asks for in vain is said, and the start shown."""
-        known = self.request.options
-        options = {name: text for name, text in query.items() if name in known}
-        fields = {name: text for name, text in query.items() if name not in known}
-        self._ask()
-        if fields:
-            self._read("the address", lambda: problem_of_texts(fields))
-        self.options.values = {**self.options.values, **options}
 
     def choose(self, preset: str) -> None:
         """Begin again with a preset."""
@@ -117,13 +114,20 @@ class Session:
 
     def import_toml(self, name: str, content: bytes) -> None:
         """Show the problem in a TOML file; one that cannot be read is refused, and nothing lost."""
-        self._read(name, lambda: Problem.from_dict(parse_toml(content, name)))
+        problem = self._read(name, lambda: Problem.from_dict(parse_toml(content, name)))
+        if self._notice:
+            self._show(self.point)
+        else:
+            self.panel.values = values_of(problem)
 
-    def _read(self, source: str, problem: Callable[[], Problem]) -> None:
+    def _read(self, source: str, problem: Callable[[], Problem]) -> Problem:
+        """A problem from elsewhere, or the present one and a notice why not."""
+        self._notice = ""
         try:
-            self.panel.values = values_of(problem())
+            return problem()
         except ProblemError as error:
-            self._say(f"{source} is not shown: {error}")
+            self._notice = f"{source} is not shown: {error}"
+            return self.problem
 
     def close(self) -> None:
         """End the threads."""
@@ -131,6 +135,7 @@ class Session:
             lane.close()
 
     def _controls_changed(self, values: dict[str, str]) -> None:
+        self._notice = ""
         try:
             self.problem = problem_of(values)
         except ProblemError as error:
@@ -175,7 +180,7 @@ class Session:
 
     def _ask(self) -> None:
         problem = self.problem
-        self._show(dataclasses.replace(self.point, problem=problem, waiting=True, refused=False))
+        self._show(Point(problem, self.point.prediction, message=_SOLVING, waiting=True))
         self._watch.ask(self._reassure)
         self._quick.ask(lambda: self._coarse(problem))
         self._thorough.ask(self._refine)
@@ -189,7 +194,8 @@ class Session:
         found = self._predicted(problem, COARSE)
         yield
         self._watch.ask(None)
-        self._show(found)
+        if not self._is_refined(problem):
+            self._show(found)
 
     def _refine(self) -> Iterator[None]:
         """The first, coarse view; the refined point; the rest of the view."""
@@ -199,11 +205,14 @@ class Session:
         steps = self._views(problem, request)
         next(steps, None)
         yield
-        if not (self.point.refined and self.point.problem == problem):
+        if not self._is_refined(problem):
             found = self._predicted(problem, FINE)
             yield
             self._show(found)
         yield from steps
+
+    def _is_refined(self, problem: Problem) -> bool:
+        return self.point.refined and self.point.problem == problem
 
     def _predicted(self, problem: Problem, precision: Precision) -> Point:
         try:
@@ -253,11 +262,8 @@ class Session:
     # -- what the page is told -------------------------------------------------------------------
 
     def _show(self, point: Point) -> None:
-        self.point = point
-        self._show_point(point)
-
-    def _say(self, notice: str) -> None:
-        self._show(dataclasses.replace(self.point, notice=notice))
+        self.point = dataclasses.replace(point, notice=self._notice)
+        self._show_point(self.point)
 
     def _look(self, shown: Shown) -> None:
         self.shown = shown
@@ -266,7 +272,8 @@ class Session:
     def _failed(self, error: Exception) -> None:
         traceback.print_exception(error)
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        self._say(f"This failed, which is a bug of the explorer; please report it. {words}")
+        self._notice = f"This failed, which is a bug of the explorer; please report it. {words}"
+        self._show(self.point)
 
     # -- what the user takes away ----------------------------------------------------------------
 

@@ -157,16 +157,17 @@ def test_menus_and_switches_show_the_fields_that_apply(visit):
     expect(page.get_by_role("alert").filter(has_text=refusal).first).to_contain_text(refusal)
 
 
-@pytest.mark.parametrize("view", sorted(VIEWS.keys() - {"trial"}))
-def test_each_view_is_a_picture_with_a_caption(visit, view):
-    page = visit(view=view)
-    picture = page.locator(f"figure[data-view={view}] img")
-    picture.wait_for()
-    assert picture.evaluate("picture => picture.naturalWidth") > 800
-    assert picture.bounding_box()["width"] > 600
-    caption = page.locator("figure.view figcaption").inner_text()
-    assert len(caption) > 60
-    assert picture.get_attribute("alt") in caption
+def test_each_view_is_a_picture_with_a_caption(visit):
+    page = visit()
+    for view in VIEWS.keys() - {"trial"}:
+        page.get_by_role("radio", name=VIEWS[view]).check()
+        picture = page.locator(f"figure[data-view={view}] img")
+        picture.wait_for()
+        assert picture.evaluate("picture => picture.naturalWidth") > 800
+        assert picture.bounding_box()["width"] > 600
+        caption = page.locator("figure.view figcaption").inner_text()
+        assert len(caption) > 60
+        assert picture.get_attribute("alt") in caption
 
 
 def test_keyboard_alone_is_enough(visit):
@@ -292,7 +293,7 @@ def test_simulation_stands_beside_theory(visit):
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (400, 800)])
 def test_the_page_fits_its_window(visit, width, height):
     page = visit(width=width, height=height, view="curve")
-    picture = page.locator("figure[data-view=curve] img")
+    picture = page.locator("figure[data-view=curve]")  # scrolls where it is too narrow to read
     picture.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     box = picture.bounding_box()

@@ -18,7 +18,8 @@ IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys
 import lora_theory
 for module in pkgutil.walk_packages(lora_theory.__path__, "lora_theory."):
-    if not module.name.endswith("__main__"):
+    # the explorer needs its extra
+    if not module.name.endswith("__main__") and not module.name.startswith("lora_theory.explorer."):
         importlib.import_module(module.name)
 for name in lora_theory.__all__:
     getattr(lora_theory, name)
@@ -44,7 +45,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_typed_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {
-        path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "lora_theory").rglob("*.py")
+        path.relative_to(CHECKOUT).as_posix()
+        for path in (CHECKOUT / "lora_theory").rglob("*.*")
+        if path.suffix in (".py", ".js", ".css")
     }
     assert "lora_theory/py.typed" in names
     assert sources <= names
@@ -70,3 +73,8 @@ def test_wheel_imports_in_an_empty_environment(wheel: Path, tmp_path: Path) -> N
     helped = run(environment / BIN / "lora-theory", "--help", cwd=tmp_path)
     assert helped.returncode == 0, helped.stderr
     assert "usage" in helped.stdout.lower()
+
+    explored = run(environment / BIN / "lora-theory", "explore", "--no_browser", cwd=tmp_path)
+    assert explored.returncode == 2
+    assert explored.stderr.startswith("lora-theory explore: explore needs the extra")
+    assert "pip install 'lora-theory[explore]'" in " ".join(explored.stderr.split())

@@ -47,6 +47,7 @@ def on_training_sequences(problem, measure, dims, seeds):
     return extrapolate(estimates, dims, 1.0)
 
 
+@pytest.mark.exhaustive
 def test_linear_noise_of_reused_sequences_is_that_of_training_ones():
     problem = asked("linear", penalty=0.02).replace(
         compression=Compression(rank=0.2),

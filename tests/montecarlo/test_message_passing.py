@@ -49,7 +49,8 @@ passing = functools.cache(message_passing)
 #: A problem on which both stages settle, at the sizes that are small enough for either attention.
 STABLE = {"penalty": 0.05, "samples": 4.0}
 BOTH = pytest.mark.parametrize(
-    ("activation", "dim"), [("linear", 60), pytest.param("softmax", 80, marks=pytest.mark.slow)]
+    ("activation", "dim"),
+    [("linear", 60), pytest.param("softmax", 80, marks=pytest.mark.exhaustive)],
 )
 
 

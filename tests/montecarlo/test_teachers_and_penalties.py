@@ -31,13 +31,18 @@ CASES = {
         "finetuning.rescaling": 0.9,
     },
 }
+#: Cases that take half a minute.
+LONG = ("narrow factor", "softmax, temperatures, re-used")
 #: The observables whose finite-D offsets are known powers, and which scatter least.
 SEEN = [("pretraining", "overlap"), ("pretraining", "test_error"), ("finetuning", "overlap"),
         ("finetuning", "test_error"), ("pretraining", "train_error")]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name in CASES],
+)
 def test_theory_is_the_limit_of_trained_systems(name):
     problem = BASE.replace(CASES[name])
     found = compare(problem, dims=[32, 48, 80], seeds=10, dtype="float32", nodes=512)

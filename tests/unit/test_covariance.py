@@ -154,7 +154,9 @@ def test_little_noise_and_wide_spectra_are_resolved():
 # -- both stages -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["linear", "softmax"])
+@pytest.mark.parametrize(
+    "activation", ["linear", pytest.param("softmax", marks=pytest.mark.exhaustive)]
+)
 def test_equal_levels_reproduce_both_stages(activation):
     first = predict(PLAIN.replace(activation=activation), nodes=64, blocks=2)
     equal = PLAIN.replace(activation=activation, covariance={"eigenvalues": (1.0,) * 4})

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from lora_theory import Problem, ProblemError, compare, predict
 from lora_theory.cli import main
 from lora_theory.explorer.answers import answer
+from lora_theory.explorer.app import app
 from lora_theory.explorer.controls import CONTROLS, problem_of, ranges, values_of
 from lora_theory.explorer.exports import address
 from lora_theory.explorer.lanes import Lane
@@ -292,6 +294,7 @@ def test_command_and_program_of_a_curve_compute_its_points(tmp_path):
     expected = expected.sort_values("pretraining.penalty")["value"].tolist()
     assert len(expected) > 20
     shell = recipe.shell().replace("lora-theory", f"{sys.executable} -m lora_theory.cli")
+    shell += " --workers 0"
     subprocess.run(["bash", "-c", shell], cwd=tmp_path, check=True, capture_output=True)
     swept = pd.read_csv(tmp_path / "points" / "table.csv").sort_values("pretraining.penalty")
     assert swept["pretraining.test_error"].tolist() == pytest.approx(expected, rel=1e-12)
@@ -313,6 +316,22 @@ def test_every_view_has_a_program_and_a_command_that_are_understood(view):
         words = shlex.split(recipe.shell())[1:]
         main([*words, "--nonsense"])  # all else is read before
     assert "nonsense is not a flag" in complaint.getvalue()
+
+
+def test_a_port_that_is_taken_is_refused_in_words(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["explore", "--no_browser", "--port", str(port)]) == 2
+    assert f"port = {port} is not allowed on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_the_notebook_is_a_program_too():
+    outputs, names = app.run()
+    page = names["session"]
+    assert wait_for(lambda: page.point.refined)
+    page.close()
+    assert page.problem == LINEAR
+    assert len(outputs) > 5
 
 
 # -- trials ------------------------------------------------------------------------------------
