@@ -28,6 +28,7 @@ def address(problem: Problem) -> dict[str, str]:
     """The fields of a problem as the query of an address.
 
     Example:
+        >>> from urllib.parse import urlencode
         >>> from lora_theory import Pretraining
         >>> problem = Problem(tokens=2, activation="linear", teacher_rank=0.5, label_noise=0.0,
         ...                   pretraining=Pretraining(samples=0.2, penalty=0.1))

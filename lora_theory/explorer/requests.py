@@ -59,6 +59,7 @@ class Request:
     """A view and the values of the options, as text.
 
     Example:
+        >>> from lora_theory.explorer.controls import CONTROLS, problem_of
         >>> problem = problem_of({control.name: control.default for control in CONTROLS})
         >>> Request.of(problem, {"view": "map"}).options["points"]
         '9'
