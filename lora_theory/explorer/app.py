@@ -7,12 +7,14 @@ app = marimo.App(width="full", app_title="lora_theory explorer", css_file="app.c
 
 @app.cell
 def _():
+    import html
+
     import marimo as mo
 
     from lora_theory.explorer.presets import PRESETS
     from lora_theory.explorer.session import Session
 
-    return PRESETS, Session, mo
+    return PRESETS, Session, html, mo
 
 
 @app.cell
@@ -63,8 +65,8 @@ def _(mo, session):
 
 
 @app.cell
-def _(get_words, mo):
-    mo.Html(f'<p class="trial" role="status">{get_words()}</p>')
+def _(get_words, html, mo):
+    mo.Html(f'<p class="trial" role="status">{html.escape(get_words())}</p>')
     return
 
 

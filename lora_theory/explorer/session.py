@@ -43,6 +43,7 @@ _DRAWING = threading.Lock()
 class Shown:
     """The view on the page: its picture, or the sentence that says why there is none."""
 
+    problem: Problem
     request: Request
     view: View | None = None
     message: str = ""
@@ -100,7 +101,7 @@ class Session:
         self.options = Panel(
             option_controls(self.problem), {}, self.request.options, self._options_changed
         )
-        self._look(Shown(self.request, message=_SOLVING))
+        self._look(Shown(self.problem, self.request, message=_SOLVING))
         self._ask()
 
     # -- what the user does ----------------------------------------------------------------------
@@ -223,10 +224,10 @@ class Session:
     def _views(self, problem: Problem, request: Request) -> Iterator[None]:
         try:
             for view in request.views(problem, self._measured(), self.trials.get(problem)):
-                self._look(Shown(request, view, png=_drawn(view, "png", dpi=160)))
+                self._look(Shown(problem, request, view, png=_drawn(view, "png", dpi=160)))
                 yield
         except ProblemError as error:
-            self._look(Shown(request, message=str(error)))
+            self._look(Shown(problem, request, message=str(error)))
 
     def _train(self, problem: Problem, dims: tuple[int, ...], seeds: int) -> Iterator[None]:
         known = -1
@@ -240,8 +241,9 @@ class Session:
             self._show_words(str(error))
 
     def _learn(self, state: Trial) -> None:
-        if state.done == 0:
-            return
+        former = self.trials.get(state.problem)
+        if state.done == 0 or (former and former.comparable and not state.comparable):
+            return  # one more trial takes the place of the last when it has as much to say
         self.trials.pop(state.problem, None)
         self.trials[state.problem] = state
         for oldest in list(self.trials)[:-_KEPT_TRIALS]:
@@ -300,13 +302,14 @@ class Session:
         return self.problem.to_toml().encode()
 
     def recipes(self) -> str:
-        """TOML, command and program, as HTML."""
-        recipe = self.request.recipe(self.problem, self.shown.view)
-        parts = {
-            "Problem (TOML)": self.problem.to_toml(),
-            "Command": recipe.shell(),
-            "Python": recipe.program(),
-        }
+        """TOML, command and program of what is shown, as HTML."""
+        shown = self.shown
+        parts = {"Problem (TOML)": shown.problem.to_toml()}
+        try:
+            recipe = shown.request.recipe(shown.problem, shown.view)
+            parts |= {"Command": recipe.shell(), "Python": recipe.program()}
+        except ProblemError as error:
+            parts["Command"] = parts["Python"] = str(error)
         texts = "".join(
             f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
             for title, text in parts.items()

@@ -284,6 +284,14 @@ def test_the_command_computes_what_is_shown(capsys):
     assert told["finetuning"]["test_error"] == expected.finetuning.test_error
 
 
+def test_sizes_that_are_not_allowed_are_said_where_the_command_would_be(shown):
+    page = shown({"view": "trial", "dims": "forty"})
+    assert wait_for(page.settled)
+    assert "dims = forty is not allowed: it must be an integer" in page.session.recipes()
+    page.session.options.values = {**page.session.options.values, "simulate": "1"}
+    assert "dims = forty is not allowed" in page.words[-1]
+
+
 @pytest.mark.slow
 def test_command_and_program_of_a_curve_compute_its_points(tmp_path):
     problem = LINEAR.replace({"finetuning": None})  # whose theory takes no time
