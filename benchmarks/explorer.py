@@ -66,10 +66,13 @@ class Page:
 
     def press(self, key: str = "ArrowRight") -> str:
         """Move λ; the problem that was shown."""
-        section = self.page.locator("section.readouts")
-        before = section.get_attribute("data-problem")
+        before = self.shown()
         self.page.get_by_role("slider", name="pretraining.penalty ").press(key)
-        return str(before)
+        return before
+
+    def shown(self) -> str:
+        """The problem of the readouts."""
+        return str(self.page.locator("section.readouts").get_attribute("data-problem"))
 
     def picture(self, field: str) -> float:
         """Seconds until the curve along a field is there."""
@@ -135,9 +138,11 @@ def _memory(page: Page, process_id: int, presses: int) -> Row:
     row: Row = {}
     typed = page.page.get_by_role("textbox", name="finetuning.penalty ")
     for index in range(presses):
-        if index % 50 == 49:
+        if index and index % 50 == 0:
+            before = page.shown()
             typed.fill(f"{0.5 + index / 1000}")
             typed.press("Enter")
+            page.until("coarse", "refined", than=before)
         before = page.press("ArrowLeft" if index // 50 % 2 else "ArrowRight")
         page.until("coarse", "refined", than=before)
         if index + 1 in (presses // 5, presses):
