@@ -27,8 +27,7 @@ PAGES = {
     "trajectory": ("Published Fig 3, re-used", {"along": "pretraining.penalty"}),
     "spectrum": ("Truncated weights", {}),
     "noise": ("Published Fig 3, re-used", {}),
-    "map": ("LoRA worse than frozen", {"x": "finetuning.penalty", "y": "finetuning.samples",
-                                       "points": "17"}),
+    "map": ("LoRA worse than frozen", {"x": "finetuning.penalty", "y": "finetuning.samples"}),
     "trial": ("Published Fig 1, linear", {"dims": "40, 80", "seeds": "8"}),
 }  # fmt: skip
 PATIENCE = 600_000  # ms

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_theory.problem import Problem, ProblemError
@@ -11,7 +11,7 @@ from lora_theory.theory import Prediction, predict
 from lora_theory.theory.averages import in_parallel
 from lora_theory.theory.nodes import Discretisation
 
-__all__ = ["COARSE", "FINE", "Precision", "answer", "answers", "asked", "tried"]
+__all__ = ["COARSE", "FINE", "Precision", "answer", "asked", "tried"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,6 @@ def answer(problem: Problem, precision: Precision = FINE) -> Prediction:
         (True, True)
     """
     return _kept(problem, precision)
-
-
-def answers(problems: Iterable[Problem], precision: Precision) -> list[Prediction]:
-    """:func:`answer` to several, some at a time."""
-    return in_parallel(lambda problem: answer(problem, precision), problems)
 
 
 def asked(problem: Callable[[], Problem]) -> Problem | ProblemError:

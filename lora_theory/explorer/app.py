@@ -35,7 +35,7 @@ def _(Session, mo):
 
 
 @app.cell
-def _(PRESETS, mo, session):
+def _(PRESETS, html, mo, session):
     presets = mo.ui.dropdown(
         list(PRESETS),
         label="Begin with",
@@ -48,7 +48,12 @@ def _(PRESETS, mo, session):
         on_change=lambda files: [session.import_toml(f.name, f.contents) for f in files],
     )
     title = mo.Html("<h1>lora_theory explorer</h1>")
-    mo.sidebar([title, presets, imported, mo.ui.anywidget(session.panel)], width="24rem")
+    meanings = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(chosen.words)}</dd>"
+        for name, chosen in PRESETS.items()
+    )
+    about = mo.Html(f"<details><summary>what these are</summary><dl>{meanings}</dl></details>")
+    mo.sidebar([title, presets, about, imported, mo.ui.anywidget(session.panel)], width="24rem")
     return
 
 

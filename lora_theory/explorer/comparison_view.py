@@ -10,7 +10,7 @@ import pandas as pd
 
 from lora_theory.compare import Agreement, agreements
 from lora_theory.explorer.answers import FINE, answer
-from lora_theory.explorer.draw_comparison import draw_comparison
+from lora_theory.explorer.draw_comparison import draw_comparison, far_z
 from lora_theory.explorer.points import View
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.status import Status
@@ -69,8 +69,7 @@ def _caption(table: pd.DataFrame, status: Status) -> str:
         name = worst["observable"].replace("_", " ").replace(".", ", ")
         text += f"Largest |z| = {abs(worst['z']):.1f} of {len(judged)} observables ({name})"
         text += ", of the limits D → ∞ (diamonds). " if several else ". "
-    else:
-        text += "One run has no error, and z no meaning: take at least two. "
+        text += f"Red: |z| > {far_z(table):.1f}, by chance once in a hundred such comparisons. "
     if not several:
         text += (
             "At one D the difference contains the offset of finite D, which falls as 1/D, for q, "

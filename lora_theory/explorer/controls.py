@@ -35,7 +35,7 @@ class Control:
     help: str
     group: str
     range: Range | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | tuple[str, str], ...] = ()  # values, or values with their words
     switch: bool = False
     buttons: bool = False  # choices as buttons side by side
     action: bool = False  # a button; its value counts how often it was pressed

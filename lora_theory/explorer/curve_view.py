@@ -212,7 +212,10 @@ def _trajectory_caption(table: pd.DataFrame, field: str, done: float) -> str:
             "of the points)."
         )
     else:
-        text = "No mismatch: nowhere do E' and o fall together by more than their errors."
+        text = (
+            "No mismatch: between no two neighbouring points do E' and o fall together by more "
+            "than their errors."
+        )
     if len(found) > len(decided):
         text += f" Within the quadrature errors, not counted: {len(found) - len(decided)}."
     if done < 1:

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy import stats
 
 from lora_theory.explorer.drawing import BLACK, BLUE, RED, figure_of, legend_below
 
-__all__ = ["draw_comparison"]
+__all__ = ["draw_comparison", "far_z"]
 
 _NAMES = {
     "pretraining.Q": "Q", "pretraining.M": "M", "pretraining.overlap": "overlap, pre-training",
@@ -22,8 +23,6 @@ _NAMES = {
     "finetuning.test_error": "E', LoRA", "finetuning.train_error": "training error, LoRA",
     "finetuning.frozen_test_error": "E', frozen weights",
 }  # fmt: skip
-#: From this |z| on theory and simulation disagree more than chance does.
-_FAR = 3.0
 
 
 def draw_comparison(table: pd.DataFrame) -> Figure:
@@ -36,7 +35,7 @@ def draw_comparison(table: pd.DataFrame) -> Figure:
         panel.set_visible(False)
     for panel, name in zip(panels.flat, names, strict=False):
         _draw_panel(panel, table[table["observable"] == name])
-        _name(panel, table[table["observable"] == name], _NAMES[name])
+        _name(panel, table[table["observable"] == name], _NAMES[name], far_z(table))
     for column in range(columns):
         last = max(row for row in range(count) if row * columns + column < len(names))
         panels[last, column].set_xlabel("1/D")
@@ -67,10 +66,20 @@ def _draw_panel(panel: Any, rows: pd.DataFrame) -> None:
     panel.locator_params(axis="y", nbins=4)
 
 
-def _name(panel: Any, rows: pd.DataFrame, words: str) -> None:
+def far_z(table: pd.DataFrame) -> float:
+    """The |z| that any of the observables passes by chance in one of a hundred comparisons.
+
+    A two-sided t quantile; its degrees of freedom are those of the fewest runs at a D.
+    """
+    fewest = int(table.loc[table["source"] == "simulation", "runs"].min())
+    level = 0.01 / (2 * table["observable"].nunique())
+    return float(stats.t.ppf(1 - level, max(fewest - 1, 1)))
+
+
+def _name(panel: Any, rows: pd.DataFrame, words: str, far: float) -> None:
     """The observable, and z below it."""
     judged, color = rows.loc[rows["z"].notna(), "z"], BLACK
     if len(judged):
         z = float(judged.iloc[0])
-        words, color = f"{words}\nz = {z:.1f}", RED if abs(z) > _FAR else BLACK
+        words, color = f"{words}\nz = {z:.1f}", RED if abs(z) > far else BLACK
     panel.set_title(words, fontsize=7.5, loc="left", color=color)

@@ -111,7 +111,8 @@ def _caption(table: pd.DataFrame, done: float) -> str:
     text += f", {len(table)} cells" if done == 1 else f", {known.sum()} of {len(table)} cells yet"
     parts = [f"{text}."]
     if name == "gain":
-        values = table["value"].to_numpy(float)
+        solved = table["status"] != Status.NOT_CONVERGED.value
+        values = table["value"].where(solved).to_numpy(float)
         errors, finite = table["error"].to_numpy(float), int(np.isfinite(values).sum())
         worse, unknown = int((values < -errors).sum()), int((np.abs(values) <= errors).sum())
         parts.append(

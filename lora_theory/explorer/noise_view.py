@@ -15,6 +15,7 @@ from lora_theory.explorer.draw_noise import draw_noise
 from lora_theory.explorer.points import REFUSED, View, precision_text, status_text, timed
 from lora_theory.observables import Estimate
 from lora_theory.problem import Problem, ProblemError
+from lora_theory.status import Status
 from lora_theory.theory import Prediction, optimize
 from lora_theory.theory.units import Units
 
@@ -56,10 +57,14 @@ def parts_of(found: Prediction, rescaling: float | None = None) -> dict[str, tup
     return parts | {"total": (sum(values), math.hypot(*spreads))}
 
 
-def best_rescaling(found: Prediction) -> float:
-    """β* = M/Q of weights without rescaling, where nothing is left of the wrong scale."""
+def best_rescaling(found: Prediction) -> tuple[float, float]:
+    """β*, where nothing is left of the wrong scale, and its quadrature error.
+
+    M/Q of weights without rescaling; with temperatures τ and τ0, (M/Q)τ0/τ.
+    """
     student, teacher = Units.of(found.problem)
-    return found.effective_noise.gain * teacher / student * found.problem.rescaling
+    noise, unit = found.effective_noise, teacher / student * found.problem.rescaling
+    return noise.gain * unit, (noise.quadrature_error or {})["gain"] * unit
 
 
 def noise(problem: Problem) -> Iterator[View]:
@@ -158,15 +163,14 @@ class _State:
                 rows.append(
                     self._row(_RESCALING, beta, name, found, value=size, error=error, **used)
                 )
-        best = best_rescaling(found)
+        best, error = best_rescaling(found)
         if math.isfinite(best):
-            error = (found.effective_noise.quadrature_error or {})["gain"]
             rows.append(self._row(_RESCALING, best, "best", found, value=best, error=error, **used))
         self._rows[_RESCALING,] = rows
 
     def _rescalings(self, count: int) -> list[float]:
         """Around the best and the own rescaling, both among them."""
-        best, own = best_rescaling(self._own), self._problem.rescaling
+        best, own = best_rescaling(self._own)[0], self._problem.rescaling
         known = [own, best] if math.isfinite(best) and best > 0 else [own]
         values = np.geomspace(min(known) / _TIMES, max(known) * _TIMES, count - len(known))
         return sorted({*values.tolist(), *known})
@@ -176,7 +180,7 @@ class _State:
         used = {"nodes": precision.points(self._problem.tokens), "blocks": precision.blocks}
         try:
             if self._problem.rescaling != 1 and self._problem.activation == "linear":
-                raise ProblemError("the optimum is known for weights without rescaling")
+                raise ProblemError("it would be that of weights without rescaling")
             found = optimize(
                 self._weights, [_PENALTY], "effective_noise",
                 nodes=precision.nodes, blocks=precision.blocks,
@@ -200,6 +204,7 @@ class _State:
     def _least(self, field: str, name: str) -> tuple[float, float, float]:
         """The point of least value, and its neighbours."""
         table = self.table()
+        table = table[table["status"] != Status.NOT_CONVERGED.value]
         if name == "variance":
             rows = table[(table["field"] == field) & table["observable"].isin(PARTS[:2])]
             rows = rows.groupby("x", as_index=False)["value"].sum()

@@ -95,7 +95,11 @@ class Point:
 
 def _worse_than_frozen(prediction: Prediction) -> str:
     stage = prediction.finetuning
-    if stage is None or not stage.test_error > stage.frozen_test_error:
+    if stage is None or not stage.status.is_solved:
+        return ""
+    errors = stage.quadrature_error
+    margin = math.hypot(errors["test_error"], errors["frozen_test_error"])
+    if not stage.test_error - stage.frozen_test_error > 2 * margin:
         return ""
     return " <b>LoRA is worse than the frozen layer</b>: take more samples or penalty λ'."
 

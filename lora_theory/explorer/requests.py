@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_theory.explorer import views
 from lora_theory.explorer.answers import COARSE, FINE, Precision
 from lora_theory.explorer.controls import CONTROLS, Control, Range, ranges
 from lora_theory.explorer.exports import Recipe
+from lora_theory.explorer.noise_view import PARTS
 from lora_theory.explorer.points import REFUSED
 from lora_theory.explorer.trial import Trial
 from lora_theory.explorer.views import OBSERVABLES, Measured, View
@@ -67,6 +69,16 @@ class Request:
 
     options: Mapping[str, str]
 
+    @property
+    def along(self) -> bool:
+        """Whether the view runs along a field, with the trials that lie on it."""
+        return self.view in _ALONG
+
+    @property
+    def shows_trials(self) -> bool:
+        """Whether a trial may change the view."""
+        return self.along or self.view == "trial"
+
     @classmethod
     def of(cls, problem: Problem, options: Mapping[str, str]) -> Request:
         """With the defaults of what is left out."""
@@ -86,11 +98,8 @@ class Request:
         Raises:
             ProblemError: the view has no meaning for the problem, or an option is not allowed.
         """
-        if self.view not in VIEWS:
-            raise ProblemError(
-                f"view = {self.view!r} is not allowed: it must be one of {', '.join(VIEWS)}"
-            )
-        if self.view in _ALONG:
+        self._check(problem)
+        if self.along:
             show = views.curve if self.view == "curve" else views.trajectory
             along = self.options["along"]
             within = self._within(problem, "along", "from", "to")
@@ -108,6 +117,17 @@ class Request:
             )  # fmt: skip
         else:
             yield self._trial(problem, trial)
+
+    def _check(self, problem: Problem) -> None:
+        """Refuse what no menu offers."""
+        for control in option_controls(problem):
+            value = self.options[control.name]
+            names = [c if isinstance(c, str) else c[0] for c in control.choices]
+            if names and control.applies(self.options) and value not in names:
+                raise ProblemError(
+                    f"{control.name} = {value!r} is not allowed for this problem: it must be one "
+                    f"of {', '.join(names)}"
+                )
 
     def _trial(self, problem: Problem, trial: Trial | None) -> View:
         if trial is None or not trial.comparable:
@@ -146,13 +166,11 @@ class Request:
         predicted = Recipe(problem, ["predict"], ["prediction = predict(problem)"], ["predict"])
         if self.view == "spectrum":
             return Recipe(problem, ["spectrum"], ["learned = spectrum(problem)"], ["spectrum"])
-        if self.view == "noise":
-            goal = ["pretraining.penalty"], "effective_noise"
-            call = f"best = optimize(problem, {goal[0]!r}, {goal[1]!r})"
-            flags = ["optimize", "--over", *goal[0], "--objective", goal[1]]
-            return Recipe(problem, ["optimize"], [call], flags)
         if self.view == "trial":
             dims, seeds = self.size()
+            if view is not None:
+                runs = view.table[view.table["source"] == "simulation"].groupby("dim")["runs"]
+                dims, seeds = tuple(map(int, runs.min().index)), int(runs.min().min())
             call = f"comparison = compare(problem, dims={list(dims)}, seeds={seeds})"
             flags = ["compare", "--dims", *map(str, dims), "--seeds", str(seeds)]
             return Recipe(problem, ["compare"], [call], flags)
@@ -162,6 +180,8 @@ class Request:
         theory = dataclasses.asdict(COARSE) if coarse else {}
         given = "".join(f", {name}={value}" for name, value in theory.items())
         fields, rows = self._points(problem, view)
+        if not rows:  # theory refuses all
+            return predicted
         calls = [
             f"fields, values = {fields!r}, {rows!r}",
             "points = [problem.replace(dict(zip(fields, row))) for row in values]",
@@ -171,10 +191,15 @@ class Request:
         return Recipe(problem, ["predict_many"], calls, varied=columns, theory=theory)
 
     def _points(self, problem: Problem, view: View) -> tuple[list[str], list[tuple[Any, ...]]]:
-        """What a curve or a map varies, and the values at the points that theory answers."""
+        """What a view varies, and the values at the points that theory answers."""
         axes = {"x": "x", "y": "y"} if self.view == "map" else {"x": "along"}
         fields = [self.options[option] for option in axes.values()]
-        table = view.table[view.table["source"] == "theory"]
+        table = view.table
+        if self.view == "noise":  # its parts follow from the effective noise at each penalty
+            fields = ["pretraining.penalty"]
+            table = table[(table["field"] == fields[0]) & table["observable"].isin(PARTS)]
+        else:
+            table = table[table["source"] == "theory"]
         answered = table[~table["status"].str.startswith(REFUSED)]
         known = ranges(problem)
         kinds = [int if known[field].scale == "integer" else float for field in fields]
@@ -185,20 +210,17 @@ class Request:
 
     def _within(self, problem: Problem, axis: str, *ends: str) -> tuple[float, float]:
         """The ends of an axis: those that are given, else those of the slider."""
-        field = self.options[axis]
-        known = ranges(problem)
-        if field not in known:
-            raise ProblemError(
-                f"{field} does not apply to this problem: choose one of {', '.join(known)}"
-            )
-        values = list(known[field][:2])
+        values = list(ranges(problem)[self.options[axis]][:2])
         for position, name in enumerate(ends):
             if text := self.options[name].strip():
                 value = number(text)
                 if isinstance(value, str):
                     raise ProblemError(f"{name} = {text} is not allowed: it must be a number")
                 values[position] = value
-        return values[0], values[1]
+        low, high = values
+        if not -math.inf < low < high < math.inf:
+            raise ProblemError(f"from = {low:g}, to = {high:g} is not allowed: they must rise")
+        return low, high
 
     @property
     def _precision(self) -> Precision:

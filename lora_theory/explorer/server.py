@@ -44,9 +44,9 @@ def serve(problem: Problem | None, *, host: str, port: int, browser: bool) -> No
         .with_app(path="/", root=str(_APP))
         .build()
     )
-    local = host in ("127.0.0.1", "localhost", "::1")
+    local = host in ("127.0.0.1", "localhost")
     if local:  # other sites must not reach it under a name of theirs
-        app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+        app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost"])
     query = "?" + urlencode(address(problem)) if problem else ""
     url = f"http://{host}:{listener.getsockname()[1]}/{query}"
     print(f"The explorer is at {url}\nCtrl-C ends it.", flush=True)
@@ -59,7 +59,8 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ProblemError(
-            f"port = {port} is not allowed on {host}: {getattr(error, 'strerror', None) or error}; "
-            "give another one, or 0 for any that is free"
+            f"host = {host}, port = {port} is not allowed: {reason}; "
+            "give the name of this machine, and another port or 0 for any that is free"
         ) from error

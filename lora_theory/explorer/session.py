@@ -6,7 +6,9 @@ import base64
 import dataclasses
 import html
 import io
+import math
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -34,6 +36,8 @@ START = PRESETS["Published Fig 1, linear"]
 _REST, _PATIENCE = 0.25, 1.5
 _SOLVING = "Solving the equations …"
 _COMPILING = "Compiling the equations of this kind of problem, once: this may take half a minute …"
+#: Seconds between pictures of a simulation that goes on.
+_PAUSE = 1.5
 _KEPT_TRIALS = 12
 #: matplotlib keeps caches that threads share.
 _DRAWING = threading.Lock()
@@ -77,7 +81,7 @@ class Session:
 
     def __init__(
         self,
-        query: Mapping[str, str],
+        query: Mapping[str, str | list[str]],
         *,
         show_point: Callable[[Point], None],
         show_view: Callable[[Shown], None],
@@ -85,7 +89,8 @@ class Session:
         thread: Callable[..., threading.Thread] = threading.Thread,
     ) -> None:
         self._show_point, self._show_view, self._show_words = show_point, show_view, show_words
-        self.problem, self._notice = START.problem, ""
+        query = {name: text if isinstance(text, str) else text[-1] for name, text in query.items()}
+        self.problem, self._notice, self._telling = START.problem, "", threading.Lock()
         view = {"view": START.view, "along": START.field}
         options = Request.of(self.problem, view).options
         view |= {name: text for name, text in query.items() if name in options}
@@ -109,8 +114,9 @@ class Session:
     def choose(self, preset: str) -> None:
         """Begin again with a preset."""
         chosen = PRESETS[preset]
-        axes = {"along": chosen.field, "x": "pretraining.penalty", "y": chosen.field}
-        self.panel.values = values_of(chosen.problem)
+        up = "finetuning.samples" if chosen.field == "pretraining.penalty" else chosen.field
+        axes = {"along": chosen.field, "from": "", "to": "", "x": "pretraining.penalty", "y": up}
+        self._replace(chosen.problem)
         self.options.values = {**self.options.values, "view": chosen.view, **axes}
 
     def import_toml(self, name: str, content: bytes) -> None:
@@ -119,7 +125,13 @@ class Session:
         if self._notice:
             self._show(self.point)
         else:
-            self.panel.values = values_of(problem)
+            self._replace(problem)
+
+    def _replace(self, problem: Problem) -> None:
+        """Another problem in the controls; no notice is left, also where it is the same one."""
+        self._notice = ""
+        self.panel.values = values_of(problem)
+        self._show(self.point)
 
     def _read(self, source: str, problem: Callable[[], Problem]) -> Problem:
         """A problem from elsewhere, or the present one and a notice why not."""
@@ -154,6 +166,11 @@ class Session:
         self._ask()
 
     def _options_changed(self, options: dict[str, str]) -> None:
+        if options["along"] != self.request.options["along"] and (options["from"] or options["to"]):
+            ends = [self.request.options[name] for name in ("from", "to")]
+            if [options["from"], options["to"]] == ends:  # those of the former field
+                self.options.values = {**options, "from": "", "to": ""}
+                return
         former, self.request = self.request, Request.of(self.problem, options)
         if former.options["simulate"] != self.request.options["simulate"]:
             self._simulate()
@@ -165,9 +182,11 @@ class Session:
     def _simulate(self) -> None:
         problem = self.problem
         try:
+            if self.panel.fault:
+                raise ProblemError(self.panel.fault["text"])
             dims, seeds = self.request.size()
         except ProblemError as error:
-            self._show_words(str(error))
+            self._show_words(f"Not simulated: {error}")
             return
         self._show_words("The simulation compiles and trains its first run …")
         self._training.ask(lambda: self._train(problem, dims, seeds))
@@ -175,7 +194,7 @@ class Session:
     def _cancel(self) -> None:
         if self._training.busy:
             self._training.ask(None)
-            self._show_words("Cancelled; the runs that have ended are kept.")
+            self._show_words("Cancelled; what is shown stays.")
 
     # -- the work --------------------------------------------------------------------------------
 
@@ -187,7 +206,7 @@ class Session:
         self._thorough.ask(self._refine)
 
     def _reassure(self) -> Iterator[None]:
-        if self._watch.wait(_PATIENCE):
+        if self._watch.wait(_PATIENCE) and self.point.waiting:
             self._show(dataclasses.replace(self.point, message=_COMPILING))
         yield
 
@@ -195,8 +214,7 @@ class Session:
         found = self._predicted(problem, COARSE)
         yield
         self._watch.ask(None)
-        if not self._is_refined(problem):
-            self._show(found)
+        self._show(found)
 
     def _refine(self) -> Iterator[None]:
         """The first, coarse view; the refined point; the rest of the view."""
@@ -223,49 +241,58 @@ class Session:
 
     def _views(self, problem: Problem, request: Request) -> Iterator[None]:
         try:
-            for view in request.views(problem, self._measured(), self.trials.get(problem)):
+            measured = self._measured() if request.along else []
+            for view in request.views(problem, measured, self.trials.get(problem)):
                 self._look(Shown(problem, request, view, png=_drawn(view, "png", dpi=160)))
                 yield
         except ProblemError as error:
             self._look(Shown(problem, request, message=str(error)))
 
     def _train(self, problem: Problem, dims: tuple[int, ...], seeds: int) -> Iterator[None]:
-        known = -1
+        known, shown = 0, -math.inf
         try:
             for state in trial(problem, dims, seeds):
                 if state.done > known:
                     known = state.done
-                    self._learn(state)
+                    self._show_words(f"{state.done} of {state.total} runs have ended.")
+                    late = time.monotonic() - shown > _PAUSE or state.done == state.total
+                    if state.comparable and late:
+                        shown = time.monotonic()
+                        self._learn(state)
                 yield
-        except ProblemError as error:
-            self._show_words(str(error))
+        except (ProblemError, RuntimeError) as error:
+            self._show_words(f"The simulation stopped: {error}")
 
     def _learn(self, state: Trial) -> None:
-        former = self.trials.get(state.problem)
-        if state.done == 0 or (former and former.comparable and not state.comparable):
-            return  # one more trial takes the place of the last when it has as much to say
+        """Keep a trial in the place of the last one of its problem, and show it."""
         self.trials.pop(state.problem, None)
         self.trials[state.problem] = state
         for oldest in list(self.trials)[:-_KEPT_TRIALS]:
             del self.trials[oldest]
-        self._show_words(f"{state.done} of {state.total} runs have ended.")
-        self._thorough.ask(self._refine)
+        if self.request.shows_trials:
+            self._thorough.ask(self._refine)
 
     def _measured(self) -> list[Measured]:
-        """Trials with at least two runs at each D, beside their theory."""
+        """Trials beside their theory, where it does not refuse them."""
         found = []
         for state in list(self.trials.values()):
-            if state.comparable:
+            theory = self._predicted(state.problem, FINE).prediction
+            if theory is not None:
                 runs = {dim: pd.DataFrame(rows) for dim, rows in state.runs.items()}
-                agreed = agreements(answer(state.problem, FINE), runs)
-                found.append(Measured(state.problem, state.dims, agreed))
+                found.append(Measured(state.problem, state.dims, agreements(theory, runs)))
         return found
 
     # -- what the page is told -------------------------------------------------------------------
 
     def _show(self, point: Point) -> None:
-        self.point = dataclasses.replace(point, notice=self._notice)
-        self._show_point(self.point)
+        """Tell the page, unless the controls have moved on, are refused, or it knows better."""
+        with self._telling:
+            coarse = not (point.refined or point.waiting or point.refused)
+            late = point.problem != self.problem or (coarse and self._is_refined(point.problem))
+            if late or (self.panel.fault and not point.refused):
+                return
+            self.point = dataclasses.replace(point, notice=self._notice)
+            self._show_point(self.point)
 
     def _look(self, shown: Shown) -> None:
         self.shown = shown
@@ -304,7 +331,7 @@ class Session:
     def recipes(self) -> str:
         """TOML, command and program of what is shown, as HTML."""
         shown = self.shown
-        parts = {"Problem (TOML)": shown.problem.to_toml()}
+        parts = {"Problem (TOML)": self.problem.to_toml()}
         try:
             recipe = shown.request.recipe(shown.problem, shown.view)
             parts |= {"Command": recipe.shell(), "Python": recipe.program()}

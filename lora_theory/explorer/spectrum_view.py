@@ -70,7 +70,10 @@ def _of(found: LearnedSpectrum, name: str) -> Estimate:
 def _caption(found: LearnedSpectrum, precision: Precision) -> str:
     errors = found.quadrature_error
     below, above = found.visible_spikes
-    seen = [f"θ > {above:.3g}" if above is not None else "", f"θ < {below:.3g}" if below else ""]
+    seen = [
+        f"θ > {above:.3g}" if above is not None else "",
+        f"θ < {below:.3g}" if below is not None else "",
+    ]
     where = " or ".join(filter(None, seen))
     spikes = (
         f"Spikes of the teacher are visible outside of the bulk where {where}." if where else ""
@@ -87,7 +90,7 @@ def _caption(found: LearnedSpectrum, precision: Precision) -> str:
     points = precision.points(found.problem.tokens)
     compressed = ", after the truncation" if found.problem.compression else ""
     if any(math.isinf(end) for band in found.bands for end in band):
-        spikes += " The bulk has no edge: the last 1 % of it are not shown."
+        spikes += " The bulk has no edge: the last 1 % of each side are not shown."
     text = (
         f"Eigenvalues of the trained matrix S{compressed}: density (integrates to the rank/D "
         f"{_of(found, 'rank')}) and the share {_of(found, 'mass_at_zero')} at zero; effective "

@@ -177,4 +177,6 @@ def _ratios(
         return float(weights @ (A * B) @ weights)
 
     Q, M = overlap(S, S, c), overlap(S, S0, c)
+    if not (Q > 0 and M > 0):
+        return 1.0, 1.0, 1.0  # nothing is learnt in this draw, and next to nothing by its law
     return overlap(left, left, after) / Q, overlap(left, S0, after) / M, overlap(left, S, c) / Q

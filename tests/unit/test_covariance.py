@@ -465,3 +465,13 @@ def test_truncation_survives_where_divide_and_conquer_fails(monkeypatch):
 
     monkeypatch.setattr(np.linalg, "svd", fails)
     np.testing.assert_allclose(compress_tied(S, 8, **arguments, **grams), wanted, atol=1e-9)
+
+
+def test_draws_that_learn_nothing_are_no_failure():
+    problem = Problem(
+        tokens=2, activation="linear", teacher_rank=1.0, label_noise=0.5,
+        covariance=Covariance(eigenvalues=(0.5, 1.5), shifted=(1.5, 0.5)),
+        pretraining=Pretraining(samples=0.1, penalty=2.5118864315095824),
+    )  # fmt: skip
+    seen = predict(problem).effective_noise
+    assert 0 <= seen.Q < 1e-3

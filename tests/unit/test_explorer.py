@@ -25,7 +25,7 @@ from lora_theory.explorer.presets import PRESETS
 from lora_theory.explorer.readouts import Point
 from lora_theory.explorer.requests import VIEWS, Request
 from lora_theory.explorer.session import Session
-from lora_theory.explorer.trial import trial
+from lora_theory.explorer.trial import Trial, trial
 from lora_theory.spelling import problem_of_texts
 
 LINEAR = PRESETS["Published Fig 1, linear"].problem
@@ -230,10 +230,56 @@ def test_what_cannot_be_read_is_said_beside_its_control_and_nothing_is_lost(show
     assert wait_for(lambda: page.session.point.refined)
 
 
-def test_what_the_theory_refuses_is_said(shown):
-    page = shown({**QUICK, **address(LINEAR), "tokens": "9"})
-    assert wait_for(lambda: page.session.point.refused)
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_the_theory_refuses_is_said_in_every_view(shown, view):
+    page = shown({**address(LINEAR), "view": view, "tokens": "9"})
+    assert wait_for(lambda: page.session.point.refused and page.session.shown.png == b"")
     assert "at most 8" in page.session.point.to_html()
+    assert "--tokens 9" in page.session.recipes()
+    page.session.options.values = {**page.session.options.values, "view": "spectrum"}
+    assert "bug" not in page.session.point.notice
+
+
+@pytest.mark.parametrize("query", [{"tokens": ["2", "3"]}, {"view": ["map", "curve"]}])
+def test_of_a_name_twice_in_the_address_the_last_counts(shown, query):
+    page = shown(query)
+    assert page.session.request.view == "curve"
+
+
+def test_a_choice_that_no_menu_offers_is_refused(shown):
+    page = shown({"view": "map", "points": "100000"})
+    assert wait_for(lambda: "points = '100000' is not allowed" in page.session.shown.message)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_two_axes_for_a_map_and_no_ends_of_another_field(shown, preset):
+    page = shown({"from": "0.05", "to": "0.2", **QUICK})
+    page.session.choose(preset)
+    options = page.session.request.options
+    assert options["x"] != options["y"]
+    assert options["from"] == options["to"] == ""
+    page.session.options.values = {**page.session.options.values, "from": "1"}
+    page.session.options.values = {**page.session.options.values, "along": "label_noise"}
+    assert page.session.request.options["from"] == ""
+
+
+def test_controls_that_are_refused_stay_refused_in_another_view(shown):
+    page = shown(QUICK)
+    page.session.panel.values = {**page.session.panel.values, "label_noise": "-1"}
+    page.session.options.values = {**page.session.options.values, "view": "noise"}
+    assert wait_for(lambda: page.session.shown.request.view == "noise" and page.session.shown.png)
+    assert page.session.point.refused
+    page.session.options.values = {**page.session.options.values, "simulate": "1"}
+    assert page.words[-1].startswith("Not simulated: label_noise = -1 is not allowed")
+
+
+def test_a_trial_that_theory_refuses_leaves_other_problems_alone(shown):
+    page = shown({"view": "curve", **address(LINEAR.replace({"finetuning": None}))})
+    refused = LINEAR.replace({"tokens": 9})
+    page.session.trials[refused] = Trial(refused, (12,), 2, {12: [{}, {}]})
+    page.session.options.values = {**page.session.options.values, "along": "label_noise"}
+    assert wait_for(lambda: page.session.shown.request == page.session.request)
+    assert "tokens" not in page.session.shown.message
 
 
 @pytest.mark.parametrize(
@@ -330,7 +376,7 @@ def test_a_port_that_is_taken_is_refused_in_words(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["explore", "--no_browser", "--port", str(port)]) == 2
-    assert f"port = {port} is not allowed on 127.0.0.1" in capsys.readouterr().err
+    assert f"host = 127.0.0.1, port = {port} is not allowed" in capsys.readouterr().err
 
 
 def test_the_notebook_is_a_program_too():

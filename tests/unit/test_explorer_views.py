@@ -22,7 +22,7 @@ from lora_theory import (
 )
 from lora_theory.compare import agreements
 from lora_theory.explorer import points, views
-from lora_theory.explorer.answers import COARSE, FINE, answer, answers, tried
+from lora_theory.explorer.answers import COARSE, FINE, answer, tried
 from lora_theory.explorer.draw_curve import draw_curve
 from lora_theory.explorer.noise_view import best_rescaling, parts_of
 from lora_theory.explorer.stretches import stretches
@@ -73,12 +73,12 @@ def test_answers_are_predictions_and_kept():
     bare = problem(finetuning=None)
     assert answer(bare) == predict(bare)
     assert answer(bare) is answer(bare, FINE)
-    assert answer(bare, COARSE) is answers([bare], COARSE)[0]
+    assert answer(bare, COARSE) is answer(bare, COARSE)
     refused = problem(covariance=Covariance(eigenvalues=(0.5, 1.5)), tokens=9)
     with pytest.raises(ProblemError, match="tokens = 9"):
         answer(refused)
     with pytest.raises(ProblemError, match="tokens = 9"):
-        answers([bare, refused], COARSE)
+        answer(refused, COARSE)
     good, bad = tried([bare, refused], COARSE)
     assert good is answer(bare, COARSE)
     assert "tokens = 9" in str(bad)
@@ -200,7 +200,7 @@ def test_the_best_rescaling_is_the_minimum(temperature):
         return delta
 
     least = minimize_scalar(noise_at, bounds=(0.3, 2.0), method="bounded", options={"xatol": 1e-6})
-    assert best_rescaling(answer(asking, COARSE)) == pytest.approx(least.x, abs=1e-4)
+    assert best_rescaling(answer(asking, COARSE))[0] == pytest.approx(least.x, abs=1e-4)
     assert abs(best_rescaling(answer(asking, COARSE)) - 1) > 0.05  # it is no trivial one
 
 
