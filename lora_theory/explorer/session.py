@@ -89,12 +89,12 @@ class Session:
         thread: Callable[..., threading.Thread] = threading.Thread,
     ) -> None:
         self._show_point, self._show_view, self._show_words = show_point, show_view, show_words
-        query = {name: text if isinstance(text, str) else text[-1] for name, text in query.items()}
+        asked = {name: text if isinstance(text, str) else text[-1] for name, text in query.items()}
         self.problem, self._notice, self._telling = START.problem, "", threading.Lock()
         view = {"view": START.view, "along": START.field}
         options = Request.of(self.problem, view).options
-        view |= {name: text for name, text in query.items() if name in options}
-        fields = {name: text for name, text in query.items() if name not in options}
+        view |= {name: text for name, text in asked.items() if name in options}
+        fields = {name: text for name, text in asked.items() if name not in options}
         if fields:
             self.problem = self._read("the address", lambda: problem_of_texts(fields))
         self.request = Request.of(self.problem, view)

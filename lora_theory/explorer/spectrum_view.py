@@ -70,11 +70,9 @@ def _of(found: LearnedSpectrum, name: str) -> Estimate:
 def _caption(found: LearnedSpectrum, precision: Precision) -> str:
     errors = found.quadrature_error
     below, above = found.visible_spikes
-    seen = [
-        f"θ > {above:.3g}" if above is not None else "",
-        f"θ < {below:.3g}" if below is not None else "",
-    ]
-    where = " or ".join(filter(None, seen))
+    edges = ((">", above), ("<", below))
+    seen = [f"θ {side} {edge:.3g}" for side, edge in edges if edge is not None]
+    where = " or ".join(seen)
     spikes = (
         f"Spikes of the teacher are visible outside of the bulk where {where}." if where else ""
     )

@@ -201,7 +201,7 @@ def test_the_best_rescaling_is_the_minimum(temperature):
 
     least = minimize_scalar(noise_at, bounds=(0.3, 2.0), method="bounded", options={"xatol": 1e-6})
     assert best_rescaling(answer(asking, COARSE))[0] == pytest.approx(least.x, abs=1e-4)
-    assert abs(best_rescaling(answer(asking, COARSE)) - 1) > 0.05  # it is no trivial one
+    assert abs(best_rescaling(answer(asking, COARSE))[0] - 1) > 0.05  # it is no trivial one
 
 
 def test_noise_against_penalty_and_rescaling(quick):
