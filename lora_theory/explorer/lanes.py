@@ -66,10 +66,11 @@ class Lane:
             return not self._condition.wait_for(self._superseded, seconds)
 
     def close(self) -> None:
-        """End the thread after its step."""
+        """End the thread after its step, and wait for that."""
         with self._condition:
             self._closed = True
             self._condition.notify()
+        self._thread.join()
 
     def _superseded(self) -> bool:
         gone = getattr(self._thread, "should_exit", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import webbrowser
 from pathlib import Path
@@ -18,7 +20,7 @@ _SESSION = 30  # s after which a page that is gone is forgotten
 
 
 def serve(problem: Problem | None, *, host: str, port: int, browser: bool) -> None:
-    """Serve the explorer until it is interrupted.
+    """Serve the explorer until it is interrupted, which ends the process.
 
     Args:
         problem: what new pages show first. port: 0 takes any that is free.
@@ -52,7 +54,9 @@ def serve(problem: Problem | None, *, host: str, port: int, browser: bool) -> No
     print(f"The explorer is at {url}\nCtrl-C ends it.", flush=True)
     if browser:
         webbrowser.open(url)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    os._exit(0)  # an orderly end aborts where a thread is in the middle of a computation
 
 
 def _listener(host: str, port: int) -> socket.socket:
