@@ -16,12 +16,12 @@ class Lane:
     """One thread that runs the newest job; a newer one takes over at the next step of the old.
 
     A job is a function that returns an iterator; what it does happens in its steps, and it is
-    closed when it is superseded.  The thread ends when the page does.
+    closed when it is superseded.  The thread ends after the one that made the lane, which is that
+    of the page.
 
     Args:
-        thread: makes the thread, such as marimo's Thread, whose ``should_exit`` tells when the page
-            is gone.
         failed: called with what a job raised.
+        thread: makes the thread, such as marimo's Thread, which may talk to the page.
 
     Example:
         >>> seen, done = [], threading.Event()
@@ -45,7 +45,7 @@ class Lane:
         self._next: Callable[[], Iterator[Any]] | None = None
         self._asked = self._started = 0
         self._closed = False
-        self._failed = failed
+        self._failed, self._maker = failed, threading.current_thread()
         self._thread = thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -72,16 +72,18 @@ class Lane:
             self._condition.notify()
         self._thread.join()
 
+    def _gone(self) -> bool:
+        return self._closed or not self._maker.is_alive()
+
     def _superseded(self) -> bool:
-        gone = getattr(self._thread, "should_exit", False)
-        return self._closed or gone or self._asked != self._started
+        return self._gone() or self._asked != self._started
 
     def _work(self) -> None:
         while True:
             with self._condition:
                 while not self._superseded():
                     self._condition.wait(_IDLE)
-                if self._asked == self._started:
+                if self._gone():
                     return
                 job, self._started = self._next, self._asked
             if job is not None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -277,6 +278,21 @@ def test_a_long_simulation_leaves_the_page_alive_and_can_be_cancelled(visit):
     expect(words).to_contain_text("Cancelled")
     page.wait_for_timeout(1000)
     assert not children("lora_theory.explorer.trial")
+
+
+@pytest.mark.exhaustive  # the server forgets a page half a minute after it is closed
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc to see processes")
+def test_a_simulation_ends_with_its_page(visit):
+    page = visit(view="trial", dims="200", seeds="32")
+    page.get_by_role("button", name="Simulate").click()
+    expect(page.locator("p.trial")).to_contain_text("trains its first run")
+    end = time.monotonic() + 90
+    while not children("lora_theory.explorer.trial"):
+        assert time.monotonic() < end
+    page.close()
+    while children("lora_theory.explorer.trial"):
+        assert time.monotonic() < end
+        time.sleep(1)
 
 
 def test_simulation_stands_beside_theory(visit):

@@ -160,14 +160,26 @@ def test_a_failure_is_told_and_the_lane_goes_on():
     lane.close()
 
 
-def test_the_thread_of_a_page_that_is_gone_ends():
-    class Page(threading.Thread):
-        should_exit = False
+def test_a_lane_ends_after_its_page_and_closes_its_job():
+    begun, closed, lanes = threading.Event(), threading.Event(), []
 
-    lane = Lane(print, Page)
-    lane._thread.should_exit = True
-    lane._thread.join(10)
-    assert not lane._thread.is_alive()
+    def endless():
+        try:
+            while True:
+                begun.set()
+                yield
+        finally:
+            closed.set()
+
+    def page():
+        lanes.append(Lane(print))
+        lanes[0].ask(endless)
+        begun.wait(10)
+
+    threading.Thread(target=page).start()
+    assert closed.wait(10)
+    lanes[0]._thread.join(10)
+    assert not lanes[0]._thread.is_alive()
 
 
 # -- sessions ----------------------------------------------------------------------------------
