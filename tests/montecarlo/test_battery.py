@@ -58,7 +58,7 @@ def test_outcomes_tell_the_cases_apart():
     assert battery.outcomes(broken).tolist() == ["not solved"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sample_is_solved_again():
     table = pd.DataFrame(battery.rows(sample(16, 3)))
     outcomes = battery.outcomes(table)

@@ -128,7 +128,9 @@ def test_outliers_are_where_spikes_put_them(dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pretrained", ["trained", "sampled"])
+@pytest.mark.parametrize(
+    "pretrained", [pytest.param("trained", marks=pytest.mark.exhaustive), "sampled"]
+)
 def test_merged_vector_is_an_outlier_in_generic_position(pretrained, tmp_path):
     problem, dims = BASE, {"trained": (64,), "sampled": (100, 250)}[pretrained]
     for dim in dims:

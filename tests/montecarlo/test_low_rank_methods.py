@@ -74,6 +74,7 @@ def test_linear_noise_of_reused_sequences_is_that_of_training_ones():
         assert abs(found.mean - wrong / fresh) > 6 * found.error
 
 
+@pytest.mark.exhaustive
 def test_softmax_fields_of_reused_sequences_are_those_of_training_ones():
     """Their mean loss under the truncated weights."""
     problem = asked("softmax").replace(compression=Compression(rank=0.2))

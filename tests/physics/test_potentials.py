@@ -44,7 +44,7 @@ PROBLEMS = [
     pytest.param(LINEAR, id="linear, fresh"),
     pytest.param(LINEAR.replace(REUSED), id="linear, reused"),
     pytest.param(LINEAR.replace({"tokens": 4, "pretraining.penalty": 0.3}), id="linear, T = 4"),
-    pytest.param(SOFTMAX, id="softmax, fresh", marks=pytest.mark.slow),
+    pytest.param(SOFTMAX, id="softmax, fresh", marks=pytest.mark.exhaustive),
     pytest.param(SOFTMAX.replace(REUSED), id="softmax, reused", marks=pytest.mark.slow),
     pytest.param(
         SOFTMAX.replace({"tokens": 3, **REUSED}),

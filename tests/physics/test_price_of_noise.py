@@ -149,6 +149,7 @@ def test_the_more_one_can_spend_the_less_of_it_goes_to_lora(table):
         assert (part.dropna().diff().dropna() > APART * error).all()
 
 
+@pytest.mark.exhaustive
 def test_a_budget_that_buys_little_is_better_spent_without_lora():
     """c = .3, B = .4: whatever the share, LoRA is worse than weights trained with all of it."""
     whole = predict(price.problem("linear", 0.4, 1.0, 0.1)).finetuning.frozen_test_error

@@ -145,7 +145,11 @@ def asked(regularizer, function=None, **changes):
 
 @pytest.mark.parametrize(
     ("named", "function"),
-    [("weight_decay", "s if s >= 0 else inf"), ("nuclear_norm", "abs(s)"), ("frobenius", "s**2/2")],
+    [
+        pytest.param("weight_decay", "s if s >= 0 else inf", marks=pytest.mark.exhaustive),
+        ("nuclear_norm", "abs(s)"),
+        ("frobenius", "s**2/2"),
+    ],
 )
 def test_problems_with_a_named_penalty(named, function):
     """The whole chain: predicted, trained at finite D, and the spectrum."""
