@@ -13,7 +13,7 @@ import functools
 import io
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -81,9 +81,11 @@ def parse(arguments: Sequence[str], commands: Sequence[Command]) -> Any:
         ProblemError: an unknown flag, a missing value, one argument too many.
     """
     forms: Any = [Annotated[_form(c), tyro.conf.subcommand(name=c.name)] for c in commands]
-    complaint = io.StringIO()
+    complaint, told = io.StringIO(), contextlib.ExitStack()
+    if arguments[:1] in (["--help"], ["-h"]):
+        told.enter_context(_shortened_usage())
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), told:
             parsed, unknown = tyro.cli(
                 functools.reduce(operator.or_, forms),
                 prog=PROGRAM,
@@ -101,6 +103,17 @@ def parse(arguments: Sequence[str], commands: Sequence[Command]) -> Any:
         command = next(c for c in commands if c.name == type(parsed).__name__)
         raise ProblemError(_unknown(unknown[0], command))
     return parsed
+
+
+@contextlib.contextmanager
+def _shortened_usage() -> Iterator[None]:
+    """COMMAND in place of the list of all commands, which the help goes on with."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        print(re.sub(r"\{[\w,]+\}", "COMMAND", text.getvalue(), count=1), end="")
 
 
 def given(command: Command, parsed: Any) -> Given:

@@ -80,6 +80,6 @@ def test_help_states_the_defaults_of_the_calls(call):
 def test_help_lists_the_commands(command):
     answer = command("--help")
     assert (answer.code, answer.err) == (0, "")
-    for name in ("predict", "simulate", "compare", "figures", "doctor"):
+    for name in ("predict", "simulate", "compare", "explore", "figures", "doctor"):
         assert f" {name} " in answer.out
     assert max(map(len, answer.out.splitlines())) <= 100
