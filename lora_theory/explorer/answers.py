@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_theory.problem import Problem, ProblemError
 from lora_theory.theory import Prediction, predict
-from lora_theory.theory.averages import in_parallel
 from lora_theory.theory.nodes import Discretisation
 
 __all__ = ["COARSE", "FINE", "Precision", "answer", "asked", "tried"]
@@ -71,17 +70,11 @@ def asked(problem: Callable[[], Problem]) -> Problem | ProblemError:
         return refusal
 
 
-def tried(
-    problems: Sequence[Problem | ProblemError], precision: Precision
-) -> list[Prediction | ProblemError]:
-    """:func:`answers` where single points may be refused: the refusal stands in their place."""
-
-    def one(problem: Problem | ProblemError) -> Prediction | ProblemError:
-        if isinstance(problem, ProblemError):
-            return problem
-        try:
-            return answer(problem, precision)
-        except ProblemError as refusal:
-            return refusal
-
-    return in_parallel(one, problems)
+def tried(problem: Problem | ProblemError, precision: Precision) -> Prediction | ProblemError:
+    """:func:`answer` at a point that may be refused: the refusal stands in its place."""
+    if isinstance(problem, ProblemError):
+        return problem
+    try:
+        return answer(problem, precision)
+    except ProblemError as refusal:
+        return refusal

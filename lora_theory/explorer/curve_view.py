@@ -112,7 +112,7 @@ def _tables(
         index, precision = job
         value = values[index]
         point = asked(lambda: problem.replace({field: value}))
-        (found,) = tried([point], precision)
+        found = tried(point, precision)
         flat = problem if isinstance(point, ProblemError) else point
         here = labels | {"x": value, "chosen": index == center and own is not None}
         rows[index] = [row_of(flat, found, name, precision, **here) for name in names]

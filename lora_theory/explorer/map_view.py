@@ -60,7 +60,7 @@ def phase_map(
         i, j = cell
         changes = {x: across[i], y: upwards[j]}
         point = asked(lambda: problem.replace(changes))
-        (found,) = tried([point], precision)
+        found = tried(point, precision)
         flat = problem if isinstance(point, ProblemError) else point
         labels: dict[str, Any] = {**shared, "x": across[i], "y": upwards[j]}
         rows[cell] = row_of(flat, found, observable, precision, **labels) | changes

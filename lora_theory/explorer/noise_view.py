@@ -143,7 +143,7 @@ class _State:
     def at_penalty(self, value: float, precision: Precision) -> None:
         """The parts at a penalty; at the own one also against the rescaling."""
         asking = asked(lambda: self._weights.replace({_PENALTY: value}))
-        (found,) = tried([asking], precision)
+        found = tried(asking, precision)
         rescaling, rows = self._problem.rescaling, []
         if isinstance(found, ProblemError):
             self._rows[_PENALTY, value] = [self._row(_PENALTY, value, "total", found)]
@@ -217,7 +217,7 @@ class _State:
     def trained(self, value: float) -> None:
         """The noise of the sequences that LoRA is trained on, at a penalty."""
         asking = asked(lambda: self._problem.replace({_PENALTY: value}))
-        (found,) = tried([asking], COARSE)
+        found = tried(asking, COARSE)
         self._rows[_PENALTY, "training", value] = [self._training(_PENALTY, value, found, COARSE)]
 
     def _training(
@@ -235,7 +235,7 @@ class _State:
         values = self._rescalings(_SOLVED)
         value = values[index]
         asking = asked(lambda: self._problem.replace({_RESCALING: value}))
-        (found,) = tried([asking], precision)
+        found = tried(asking, precision)
         name, rows = "finetuning.test_error", []
         if isinstance(found, ProblemError):
             rows.append(self._row(_RESCALING, value, name, found))

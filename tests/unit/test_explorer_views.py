@@ -79,7 +79,7 @@ def test_answers_are_predictions_and_kept():
         answer(refused)
     with pytest.raises(ProblemError, match="tokens = 9"):
         answer(refused, COARSE)
-    good, bad = tried([bare, refused], COARSE)
+    good, bad = (tried(one, COARSE) for one in (bare, refused))
     assert good is answer(bare, COARSE)
     assert "tokens = 9" in str(bad)
 
