@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -62,6 +63,83 @@ PROBLEMS = {
     "linear-4-fresh": _problem("linear", 4, (2.0, 1.0), (0.1, 0.1), (2.0, 0.5, "fresh")),
     "softmax-2-pretraining": _problem("softmax", 2, (0.5, 0.5), (0.5, 0.01), None),
 }
+
+#: name: (the problem above that it is, with which fields changed); everything else a problem may
+#: have: penalties, teachers, temperatures, truncation, covariance, selection, partial re-use.
+VARIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax-2-nuclear": (
+        "softmax-2-fresh",
+        {"pretraining.regularizer": "nuclear_norm", "teacher.law": "goe", "teacher_rank": None},
+    ),
+    "softmax-2-frobenius": ("softmax-2-reused", {"pretraining.regularizer": "frobenius"}),
+    "softmax-2-low-rank-decay": (
+        "softmax-2-fresh",
+        {"pretraining.regularizer": "low_rank_decay", "pretraining.penalty": 0.1},
+    ),
+    "softmax-2-temperatures": (
+        "softmax-2-fresh",
+        {"inverse_temperature": 1.5, "teacher.inverse_temperature": 0.8},
+    ),
+    "softmax-2-truncated": ("softmax-2-reused", {"compression.rank": 0.3}),
+    "softmax-2-half-reused": ("softmax-2-reused", {"finetuning.reused_fraction": 0.5}),
+    "softmax-2-selected": (
+        "softmax-2-fresh",
+        {"finetuning.selection.pool": 20.0, "finetuning.selection.score": "cross_token"},
+    ),
+    "softmax-2-rescaled": ("softmax-2-fresh", {"finetuning.rescaling": 1.3}),
+    "softmax-2-covariance": (
+        "softmax-2-fresh",
+        {"covariance.eigenvalues": [0.5, 1.5], "pretraining.penalty": 0.1},
+    ),
+    "softmax-3-selected": (
+        "softmax-3-fresh",
+        {"finetuning.selection.pool": 30.0, "finetuning.selection.score": "low_variance"},
+    ),
+    "linear-2-frobenius": ("linear-2-reused", {"pretraining.regularizer": "frobenius"}),
+    "linear-2-separable": (
+        "linear-2-fresh",
+        {
+            "pretraining.regularizer": "separable",
+            "pretraining.function": "abs(s)**1.5",
+            "pretraining.penalty": 0.2,
+            "teacher.law": "power_law",
+            "teacher.exponent": 0.3,
+            "teacher_rank": None,
+        },
+    ),
+    "linear-2-low-rank-decay": (
+        "linear-2-fresh",
+        {"pretraining.regularizer": "low_rank_decay", "pretraining.penalty": 0.2},
+    ),
+    "linear-2-preconditioned": (
+        "linear-2-fresh",
+        {
+            "pretraining.regularizer": "preconditioned",
+            "pretraining.degree": 3,
+            "pretraining.scale": 2.0,
+            "pretraining.penalty": 0.1,
+        },
+    ),
+    "linear-2-truncated": ("linear-2-fresh", {"compression.rank": 0.3}),
+    "linear-2-redrawn": ("linear-2-reused", {"finetuning.noise": "redrawn"}),
+    "linear-2-shifted": (
+        "linear-2-fresh",
+        {
+            "covariance.eigenvalues": [0.5, 1.5],
+            "covariance.shifted": [1.5, 0.5],
+            "pretraining.penalty": 0.2,
+        },
+    ),
+    "linear-3-selected": (
+        "linear-4-fresh",
+        {
+            "tokens": 3,
+            "finetuning.selection.pool": 20.0,
+            "finetuning.selection.score": "low_variance",
+        },
+    ),
+}
+PROBLEMS |= {name: PROBLEMS[base].replace(fields) for name, (base, fields) in VARIED.items()}
 
 
 def main() -> None:
