@@ -41,6 +41,7 @@ import validation
 from check import check_all
 from figure_tools import FULL, QUICK, Experiment, Profile
 
+from lora_theory import ProblemError
 from lora_theory.compilation import keep_programs
 from lora_theory.files import written_whole
 from lora_theory.sweeps.engine import SweepError
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     mpl.use("Agg")
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # remarks on dates in font files
     keep_programs(FIGURES / "quick" / "compiled")
-    names = options.only or list(EXPERIMENTS)
+    names = [name for name in EXPERIMENTS if not options.only or name in options.only]
     profile = FULL if options.full else QUICK
     folder = FIGURES if options.full else FIGURES / "quick"
     try:
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.theory:
             profile = dataclasses.replace(profile, sources=("theory",))
         computed(names, profile, folder, plan_only=options.plan)
-    except (Refused, SweepError, OSError) as error:
+    except (Refused, ProblemError, SweepError, OSError) as error:
         say(f"error: {error}")
         return 2
     return 0

@@ -115,3 +115,10 @@ def test_a_changed_table_is_red(log, capsys, tmp_path, monkeypatch):
     table.write_text(table.read_text() + "theory,1,2,0.5\n")
     assert reproduce.main(["--check", "--only", "figure1"]) == 1
     assert "figure1: RED" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_one_sentence(log, capsys, tmp_path):
+    (tmp_path / "quick").write_text("no folder")
+    assert reproduce.main(["--quick", "--only", "figure1"]) == 2
+    assert "error: [Errno" in capsys.readouterr().err
+    assert log == []
