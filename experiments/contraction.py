@@ -85,21 +85,24 @@ ITERATIONS = 200
 
 def theory(column: Column, profile: Profile) -> Iterator[dict[str, Any]]:
     """Replicon and jump mass, along the axis."""
-    points, nodes = profile.pick(quick=(4, 64), full=(17, 512))
-    for value in np.geomspace(*column.ends, points):
-        problem = column.problem.replace({column.field: float(f"{value:.4g}")})
-        answer = predict(problem, nodes=nodes, blocks=profile.blocks)
-        found, stage = answer.stability[column.stage], getattr(answer, column.stage)
-        assert found is not None
-        shared = _labels(column, problem) | {"source": "theory", "status": stage.status.value}
-        shared |= {"stable": found.is_stable}
-        yield {**shared, "observable": "growth", "value": found.replicon, "error": found.error}
-        yield {
-            **shared,
-            "observable": "jump_mass",
-            "value": found.jump_mass,
-            "error": found.jump_error,
-        }
+    for value in np.geomspace(*column.ends, profile.pick(quick=4, full=17)):
+        yield from predicted(column, float(f"{value:.4g}"), profile)
+
+
+def predicted(column: Column, value: float, profile: Profile) -> Iterator[dict[str, Any]]:
+    """The same at one place."""
+    problem = column.problem.replace({column.field: value})
+    answer = predict(problem, nodes=profile.pick(quick=64, full=512), blocks=profile.blocks)
+    found, stage = answer.stability[column.stage], getattr(answer, column.stage)
+    assert found is not None
+    shared = _labels(column, problem) | {"source": "theory", "status": stage.status.value}
+    shared |= {"stable": found.is_stable}
+    numbers = {
+        "growth": (found.replicon, found.error),
+        "jump_mass": (found.jump_mass, found.jump_error),
+    }
+    for name, (number, error) in numbers.items():
+        yield {**shared, "observable": name, "value": number, "error": error}
 
 
 def simulation(column: Column, profile: Profile) -> Iterator[dict[str, Any]]:

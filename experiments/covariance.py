@@ -133,25 +133,31 @@ def labels(asked: Problem, method: str, at: dict[str, float]) -> dict[str, Any]:
 
 
 def theory(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
-    nodes = profile.pick(quick=64, full=NODES[activation])
-    blocks = profile.pick(quick=3, full=8)
     for method, at in cases(profile, simulated=False):
-        asked = problem(activation, method, at)
-        found = predict(asked, nodes=nodes, blocks=blocks)
-        stage, noise = found.finetuning, found.effective_noise
-        shared = labels(asked, method, at) | {"source": "theory", "status": found.status.value}
-        for part, names in (
-            (stage, ("test_error", "overlap", "frozen_test_error")),
-            (noise, ("gain", "variance")),
-        ):
-            for name in names:
-                error = part.quadrature_error[name]
-                yield {**shared, "observable": name, "value": getattr(part, name), "error": error}
-        if method != "whole":
-            size = profile.pick(quick=200, full=DRAWN_SIZE)
-            draws = profile.pick(quick=2, full=DRAWS)
-            for name, (value, error) in predicted_distortions(asked, size, draws).items():
-                yield {**shared, "observable": name, "value": value, "error": error}
+        yield from predicted(activation, method, at, profile)
+
+
+def predicted(
+    activation: str, method: str, at: dict[str, float], profile: Profile
+) -> Iterator[dict[str, Any]]:
+    """The same of one method at one place."""
+    nodes = profile.pick(quick=64, full=NODES[activation])
+    asked = problem(activation, method, at)
+    found = predict(asked, nodes=nodes, blocks=profile.pick(quick=3, full=8))
+    stage, noise = found.finetuning, found.effective_noise
+    shared = labels(asked, method, at) | {"source": "theory", "status": found.status.value}
+    for part, names in (
+        (stage, ("test_error", "overlap", "frozen_test_error")),
+        (noise, ("gain", "variance")),
+    ):
+        for name in names:
+            error = part.quadrature_error[name]
+            yield {**shared, "observable": name, "value": getattr(part, name), "error": error}
+    if method != "whole":
+        size = profile.pick(quick=200, full=DRAWN_SIZE)
+        draws = profile.pick(quick=2, full=DRAWS)
+        for name, (value, error) in predicted_distortions(asked, size, draws).items():
+            yield {**shared, "observable": name, "value": value, "error": error}
 
 
 def predicted_distortions(asked: Problem, size: int, draws: int) -> dict[str, tuple[float, float]]:

@@ -90,11 +90,17 @@ def asked(regularizer: str, penalty: float) -> Problem:
 def theory(curve: Curve, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
     """Observables along λ; they have no quadrature error."""
     for penalty in np.geomspace(*curve.ends, profile.pick(quick=6, full=25)):
-        problem = asked(curve.regularizer, float(f"{penalty:.4g}"))
-        shared = {"curve": curve.name, "source": "theory", **problem.to_flat()}
-        values, replicon = (metastable if curve.metastable else least)(problem)
-        for name, value in values.items():
-            yield {**shared, "replicon": replicon, "observable": name, "value": value, "error": 0.0}
+        yield from predicted(curve, float(f"{penalty:.4g}"))
+
+
+def predicted(curve: Curve, penalty: float) -> Iterator[dict[str, Any]]:
+    """The same at one λ."""
+    problem = asked(curve.regularizer, penalty)
+    shared = {"curve": curve.name, "source": "theory", **problem.to_flat()}
+    values, replicon = (metastable if curve.metastable else least)(problem)
+    for name in OBSERVED:
+        number = {"observable": name, "value": values[name], "error": 0.0}
+        yield {**shared, "replicon": replicon, **number}
 
 
 def least(problem: Problem) -> tuple[dict[str, float], float]:
@@ -109,7 +115,10 @@ def least(problem: Problem) -> tuple[dict[str, float], float]:
 
 
 def metastable(problem: Problem) -> tuple[dict[str, float], float]:
-    """The solution whose eigenvalues s(y) stay while they have a local minimum; its s jumps too."""
+    """The solution whose eigenvalues s(y) stay while they have a local minimum; its s jumps too.
+
+    Besides what is observed also the order parameters.
+    """
     constants = Constants.of(problem)
     assert isinstance(constants.regularizer, LowRankDecay)
     branch = LowRankDecay(constants.regularizer.strength, metastable=True)
@@ -125,9 +134,9 @@ def metastable(problem: Problem) -> tuple[dict[str, float], float]:
     assert root.residual < 1e-8
     values = dict(zip(pre.OBSERVABLES, root.observables.tolist(), strict=True))
     noise = effective_noise(values["Q"], values["M"], constants.label_variance)
-    error = (problem.tokens + 1) / problem.tokens * float(noise)
-    found = [rank, error, values["train_error"], values["potential"]]
-    return dict(zip(OBSERVED, found, strict=True)), np.inf
+    values["test_error"] = (problem.tokens + 1) / problem.tokens * float(noise)
+    values |= {"learned_rank": rank, "objective": values["potential"]}
+    return values, np.inf
 
 
 def simulation(runs: Runs, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:

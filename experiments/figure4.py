@@ -37,6 +37,8 @@ ACTIVATIONS, SAMPLES, SCORE = (
     "finetuning.selection.score",
 )
 POOL, ANY = 100.0, "uniform"
+#: Of the theory in the full profile, per block.
+NODES = 2048
 #: Okabe–Ito colour, line and marker of each score.
 SCORES = {
     "uniform": ("any", "#000000", "-", "o"),
@@ -65,7 +67,7 @@ def problem(activation: str, score: str, samples: float) -> Problem:
 
 
 def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
-    nodes = profile.pick(quick=128, full=2048)
+    nodes = profile.pick(quick=128, full=NODES)
     for score in SCORES:
         for samples in VALUES[profile.name]:
             asked = problem(activation, score, samples)

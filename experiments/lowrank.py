@@ -32,7 +32,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lora_theory import Compression, Estimate, Finetuning, Pretraining, Problem, predict_many
+from lora_theory import (
+    Compression,
+    Estimate,
+    Finetuning,
+    Prediction,
+    Pretraining,
+    Problem,
+    predict_many,
+)
 from lora_theory.sweeps import kept_simulations
 
 
@@ -104,6 +112,8 @@ CONDITION, POWER = 30.0, 0.5
 Key = tuple[str, str, float]
 SAMPLES = {"linear": 3.0, "softmax": 5.0}
 NOISE = {"linear": "delta_eff", "softmax": "variance"}
+#: Of the theory in the full profile, per block.
+NODES = 256
 
 
 def asked(activation: str, method: Method, sequences: str, strength: float) -> Problem:
@@ -150,28 +160,33 @@ def jobs(row: str, profile: Profile, *, simulated: bool) -> dict[Key, Problem]:
 def theory(row: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
     """Rank of the frozen weights, their noise, E' and overlap along every strength."""
     asked_for = jobs(row, profile, simulated=False)
-    nodes = profile.pick(quick=64, full=256)
+    nodes = profile.pick(quick=64, full=NODES)
     predictions = predict_many(asked_for.values(), nodes=nodes, blocks=profile.blocks)
     for key, found in zip(asked_for, predictions, strict=True):
-        stage, noise = found.finetuning, found.effective_noise
-        stability = found.stability["pretraining"]
-        assert stage is not None
-        assert noise.quadrature_error is not None
-        assert stability is not None
-        shared = _labels(row, key, found.problem) | {
-            "source": "theory", "status": found.status.value, "start": stage.branch,
-            "replicon": stability.replicon,
-        }  # fmt: skip
-        rank = found.pretraining.learned_rank
-        if found.problem.compression is not None:
-            rank = min(rank, found.problem.compression.rank)
-        rows = {"rank": (rank, 0.0)}
-        for name in ("gain", NOISE[found.problem.activation]):
-            rows[name] = getattr(noise, name), noise.quadrature_error[name]
-        for name in ("test_error", "overlap"):
-            rows[name] = getattr(stage, name), stage.quadrature_error[name]
-        for name, (value, error) in rows.items():
-            yield {**shared, "observable": name, "value": value, "error": error}
+        yield from predicted_rows(row, key, found)
+
+
+def predicted_rows(row: str, key: Key, found: Prediction) -> Iterator[dict[str, Any]]:
+    """The same of one prediction."""
+    stage, noise = found.finetuning, found.effective_noise
+    stability = found.stability["pretraining"]
+    assert stage is not None
+    assert noise.quadrature_error is not None
+    assert stability is not None
+    shared = _labels(row, key, found.problem) | {
+        "source": "theory", "status": found.status.value, "start": stage.branch,
+        "replicon": stability.replicon,
+    }  # fmt: skip
+    rank = found.pretraining.learned_rank
+    if found.problem.compression is not None:
+        rank = min(rank, found.problem.compression.rank)
+    rows = {"rank": (rank, 0.0)}
+    for name in ("gain", NOISE[found.problem.activation]):
+        rows[name] = getattr(noise, name), noise.quadrature_error[name]
+    for name in ("test_error", "overlap"):
+        rows[name] = getattr(stage, name), stage.quadrature_error[name]
+    for name, (value, error) in rows.items():
+        yield {**shared, "observable": name, "value": value, "error": error}
 
 
 def simulation(row: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:

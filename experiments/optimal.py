@@ -55,8 +55,8 @@ VARIED = {
     "tokens": ("tokens $T$", (2, 3), (2,)),
 }
 BASE = {SAMPLES: 0.2, "teacher_rank": 0.5, "label_noise": 0.5, "tokens": 2}
-#: Where λ* is searched, and nodes per block in the full profile.
-BOX = {"linear": (0.002, 2.0), "softmax": (0.001, 0.5)}
+#: Where the search of λ* starts and what it covers, and nodes per block in the full profile.
+FIRST_PENALTY, BOX = 0.05, {"linear": (0.002, 2.0), "softmax": (0.001, 0.5)}
 NODES = {"linear": 1024, "softmax": 256}
 #: Of the polynomials through simulated means: exact ones move their minimum by less than .2 %.
 DEGREE = 5
@@ -73,7 +73,7 @@ def problem(activation: str, changes: Mapping[str, Any] | None = None) -> Proble
         activation=activation,
         teacher_rank=0.5,
         label_noise=0.5,
-        pretraining=Pretraining(samples=0.2, penalty=0.05),
+        pretraining=Pretraining(samples=0.2, penalty=FIRST_PENALTY),
         finetuning=Finetuning(samples=3.0, penalty=0.2, sequences=SEQUENCES[activation]),
     )
     return base.replace(changes or {})

@@ -139,22 +139,26 @@ class Noise(NamedTuple):
 def lines(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
     """Rows of α' and of the prices along the lines, on two sets of nodes."""
     count = profile.pick(quick=3, full=POINTS[activation])
-    nodes = profile.pick(quick=32, full=FINE)
-    both = [{"nodes": nodes, "blocks": profile.blocks, "seed": seed} for seed in (0, 1)]
     for name, level, gain, ends in LINES[activation][: profile.pick(quick=1, full=4)]:
         for variance in np.geomspace(*ends, count).tolist():
-            noise = Noise(activation, gain, variance)
-            needed = [noise.needed(name, level, **settings) for settings in both]
-            numbers = {"needed": needed}
-            for of in PRICED[activation] if np.isfinite(needed).all() else ():
-                numbers[f"price_of_{of}"] = [
-                    noise.price(of, name, level, sequences, **settings)
-                    for sequences, settings in zip(needed, both, strict=True)
-                ]
-            shared = {"activation": activation, "source": "theory", "equal": name}
-            shared |= {"level": level, "gain": gain, "variance": variance}
-            for observable, values in numbers.items():
-                yield {**shared, **estimated(observable, Estimate.of(values))}
+            yield from priced(Noise(activation, gain, variance), name, level, profile)
+
+
+def priced(noise: Noise, name: str, level: float, profile: Profile) -> Iterator[dict[str, Any]]:
+    """The same at one noise."""
+    nodes = profile.pick(quick=32, full=FINE)
+    both = [{"nodes": nodes, "blocks": profile.blocks, "seed": seed} for seed in (0, 1)]
+    needed = [noise.needed(name, level, **settings) for settings in both]
+    numbers = {"needed": needed}
+    for of in PRICED[noise.activation] if np.isfinite(needed).all() else ():
+        numbers[f"price_of_{of}"] = [
+            noise.price(of, name, level, sequences, **settings)
+            for sequences, settings in zip(needed, both, strict=True)
+        ]
+    shared = {"activation": noise.activation, "source": "theory", "equal": name}
+    shared |= {"level": level, "gain": noise.gain, "variance": noise.variance}
+    for observable, values in numbers.items():
+        yield {**shared, **estimated(observable, Estimate.of(values))}
 
 
 class Split(NamedTuple):
@@ -199,28 +203,32 @@ def divided(activation: str, budget: float, cost: float, share: float, penalty: 
 
 def splits(activation: str, profile: Profile) -> Iterator[dict[str, Any]]:
     """Rows of the best splits, with what another set of nodes says of them."""
-    nodes = profile.pick(quick=32, full=NODES[activation])
     linear = activation == "linear"
     for cost in profile.pick(quick=COSTS[1:2], full=COSTS if linear else FEWER_COSTS):
         for budget in profile.pick(quick=BUDGETS[1:2], full=BUDGETS if linear else FEWER_BUDGETS):
-            if budget / cost < LEAST:
-                continue
-            settings = {"nodes": nodes, "blocks": profile.blocks}
-            found, other = (
-                Split.best(activation, budget, cost, seed=seed, **settings) for seed in (0, 1)
-            )
-            asked = divided(activation, budget, cost, found.share, found.penalty)
-            stages = [predict(asked, seed=seed, **settings) for seed in (0, 1)]
-            shared = {**asked.to_flat(), "source": "theory", "budget": budget, "cost": cost}
-            shared |= {"status": stages[0].status.value, "start": stages[0].finetuning.branch}
-            numbers = {
-                "best_share": (found.share, other.share),
-                "best_penalty": (found.penalty, other.penalty),
-                "best_test_error": np.exp((found.log_error, other.log_error)),
-                "overlap": [stage.finetuning.overlap for stage in stages],
-            }
-            for observable, values in numbers.items():
-                yield {**shared, **estimated(observable, Estimate.of(values))}
+            if budget / cost >= LEAST:
+                yield from best_split(activation, budget, cost, profile)
+
+
+def best_split(
+    activation: str, budget: float, cost: float, profile: Profile
+) -> Iterator[dict[str, Any]]:
+    """The same of one budget."""
+    nodes = profile.pick(quick=32, full=NODES[activation])
+    settings = {"nodes": nodes, "blocks": profile.blocks}
+    found, other = (Split.best(activation, budget, cost, seed=seed, **settings) for seed in (0, 1))
+    asked = divided(activation, budget, cost, found.share, found.penalty)
+    stages = [predict(asked, seed=seed, **settings) for seed in (0, 1)]
+    shared = {**asked.to_flat(), "source": "theory", "budget": budget, "cost": cost}
+    shared |= {"status": stages[0].status.value, "start": stages[0].finetuning.branch}
+    numbers = {
+        "best_share": (found.share, other.share),
+        "best_penalty": (found.penalty, other.penalty),
+        "best_test_error": np.exp((found.log_error, other.log_error)),
+        "overlap": [stage.finetuning.overlap for stage in stages],
+    }
+    for observable, values in numbers.items():
+        yield {**shared, **estimated(observable, Estimate.of(values))}
 
 
 def penalty_at(activation: str, samples: float) -> float:

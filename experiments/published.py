@@ -64,10 +64,15 @@ def _theory_rows(profile: Profile) -> Iterator[dict[str, Any]]:
     for tokens, alphas in SAMPLES.items():
         between = np.sqrt(np.multiply(alphas[1:], alphas[:-1])).tolist()
         for alpha in profile.pick(quick=alphas, full=sorted([*alphas, *between])):
-            prediction = predict(problem(tokens, alpha), nodes=profile.nodes, blocks=profile.blocks)
-            stage = prediction.pretraining
-            error, status = stage.quadrature_error["test_error"], prediction.status.value
-            yield _row("theory", tokens, alpha, stage.test_error, error, status=status)
+            yield predicted(tokens, alpha, profile)
+
+
+def predicted(tokens: int, alpha: float, profile: Profile) -> dict[str, Any]:
+    """The row of the theory at one α."""
+    prediction = predict(problem(tokens, alpha), nodes=profile.nodes, blocks=profile.blocks)
+    stage = prediction.pretraining
+    error, status = stage.quadrature_error["test_error"], prediction.status.value
+    return _row("theory", tokens, alpha, stage.test_error, error, status=status)
 
 
 def _stored(profile: Profile) -> Iterator[dict[str, Any]]:

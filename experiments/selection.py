@@ -38,6 +38,8 @@ from lora_theory.sweeps import kept_simulations
 
 ACTIVATIONS, PENALTY = ("softmax", "linear"), "pretraining.penalty"
 ANY = "uniform"
+#: Of the theory in the full profile, per block.
+NODES = 2048
 #: λ of the theory and of the simulations.
 PENALTIES = {
     "quick": (0.01, 0.1, 0.5),
@@ -86,7 +88,7 @@ def _gain(prediction: Prediction) -> float:
 
 
 def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
-    effort = {"nodes": profile.pick(quick=128, full=2048), "blocks": profile.blocks}
+    effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
     for penalty in PENALTIES[profile.name]:
         both = [
             predict(along_penalty(activation, penalty, s), **effort) for s in (ANY, "low_variance")

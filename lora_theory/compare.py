@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from lora_theory.arguments import check_problem, checked_integer
 from lora_theory.observables import FINETUNING, PRETRAINING, Estimate, to_plain
-from lora_theory.problem import Problem, ProblemError
+from lora_theory.problem import Problem, ProblemError, Teacher
 from lora_theory.simulation import Simulation, simulate
 from lora_theory.simulation.sizes import Sizes
 from lora_theory.status import Status
@@ -96,7 +96,8 @@ def compare(
 
     At one D the finite-D offset is part of the difference.  From several D every observable is
     extrapolated by weighted least squares in 1/D, or in 1/√D for q, m and the errors of
-    fine-tuning, where the task is correlated with K = S0 − Ŝ.  For linear attention the measured
+    fine-tuning, where the task is correlated with K = S0 − Ŝ; for the teacher of a power law no
+    faster than in D^{−(1−2γ)}.  For linear attention the measured
     cross term 2(T+1)/T (w*ᵀKw* − wᵀKw)/D^{3/2} is subtracted from the test errors, which leaves
     1/D (docs/theory.md, section 7).  The simulation starts where the predicted branch is: at w* for
     "informed", else it is the random start of lowest loss.  Pre-training is compared as trained:
@@ -159,10 +160,11 @@ def agreements(prediction: Prediction, runs: Mapping[int, pd.DataFrame]) -> tupl
     """A prediction beside runs of its problem, one row per seed as in ``Simulation.runs``, by D."""
     tokens, linear = prediction.problem.tokens, prediction.problem.activation == "linear"
     dims = list(runs)
+    slowest = _slowest_power(prediction.problem.teacher)
     found = []
     for name in PRETRAINING:
         samples = [table[f"pretraining.{name}"].to_numpy() for table in runs.values()]
-        found.append(_agree("pretraining", name, prediction.pretraining, samples, dims))
+        found.append(_agree("pretraining", name, prediction.pretraining, samples, dims, slowest))
     lora = prediction.finetuning
     if lora is None:
         return tuple(found)
@@ -173,9 +175,16 @@ def agreements(prediction: Prediction, runs: Mapping[int, pd.DataFrame]) -> tupl
             factor, term = 2 * (tokens + 1) / tokens, _CROSS_TERMS[name]
             offsets = [_samples(table, lora.branch, term) for table in runs.values()]
             samples = [s - factor * o for s, o in zip(samples, offsets, strict=True)]
-        power = 0.5 if name in _ROOT_OFFSETS and not corrected else 1.0
+        power = min(0.5 if name in _ROOT_OFFSETS and not corrected else 1.0, slowest)
         found.append(_agree("finetuning", name, lora, samples, dims, power, corrected))
     return tuple(found)
+
+
+def _slowest_power(teacher: Teacher) -> float:
+    """Of offsets in 1/D: that of a power-law teacher's Tr S0²/D, else 1."""
+    if teacher.exponent is None:
+        return 1.0
+    return min(1.0, 1 - 2 * teacher.exponent)
 
 
 def _samples(table: pd.DataFrame, branch: str, name: str) -> Float[np.ndarray, " seeds"]:
