@@ -98,11 +98,11 @@ def validation(tables: Tables) -> Macros:
     yield "numBound", plain(2)  # of summary
     yield "numShareWithin", percent(found["within"])
     yield "numLargestZ", plain(found["largest"], 2)
-    yield "numLargestWhere", f"{in_plain_words(worst['observable'])} of {named(worst['problem'])}"
+    yield "numLargestWhere", f"{in_plain_words(worst['observable'])} ({named(worst['problem'])})"
     sizes_of = one_value(VALIDATION, cells, "dims").split()
     yield "numRunSizes", listed([math_mode(f"D={sizes_of[0]}"), *map(math_mode, sizes_of[1:])])
     yield "numRunSeeds", count(one_value(VALIDATION, cells, "seeds"))
-    yield "numMissed", in_words(int(cells.groupby("problem")["missed"].first().sum()))
+    yield "numMissed", count(int(cells.groupby("problem")["missed"].first().sum()))
     became = outcomes(tables.all(BATTERY))
     yield "numBattery", count(len(became))
     for macro, outcome in (("Solved", "solved"), ("Jumps", "jumps"), ("Unsolved", "not solved")):
@@ -116,11 +116,30 @@ def validation(tables: Tables) -> Macros:
     yield "numPublishedSize", plain(both[0]["dim"].iloc[0], 4)
 
 
+#: What is special about a problem, where its name does not say it well.
+SPECIAL = {
+    "reused": "re-used",
+    "clean": "no label noise",
+    "narrow": "narrow factor",
+    "pretraining": "pre-training alone",
+    "nuclear": "nuclear norm",
+    "low-rank-decay": "low-rank decay",
+    "truncated": "truncated weights",
+    "half-reused": "half re-used",
+    "selected": "chosen from a pool",
+    "rescaled": "rescaled weights",
+    "covariance": "covariance of tokens",
+    "separable": "separable penalty",
+    "redrawn": "re-used, noise redrawn",
+    "shifted": "shifted covariance",
+}
+
+
 def named(problem: str) -> str:
-    """A name such as softmax-2-low-rank-decay in words."""
-    activation, tokens, rest = problem.split("-", 2)
-    words = rest.replace("-", " ").replace("reused", "re-used")
-    return f"{activation}, $T={tokens}$, {words}"
+    """A name such as softmax-2-reused in words."""
+    activation, tokens, special = problem.split("-", 2)
+    words = SPECIAL.get(special, special.replace("-", " "))
+    return f"{activation}, {math_mode(f'T={tokens}')}, {words}"
 
 
 def in_plain_words(observable: str) -> str:
