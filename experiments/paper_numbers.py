@@ -123,6 +123,7 @@ SPECIAL = {
     "narrow": "narrow factor",
     "pretraining": "pre-training alone",
     "nuclear": "nuclear norm",
+    "frobenius": "Frobenius norm",
     "low-rank-decay": "low-rank decay",
     "truncated": "truncated weights",
     "half-reused": "half re-used",
@@ -286,6 +287,18 @@ def mismatched(tables: Tables) -> Macros:
                 for at in (end, start)
             ]
             yield f"numLess{word}{letter}Theory", printed(ends[0] - ends[1])
+    share = 0.5
+    yield "numReusedShare", plain(share)
+    linear = tables.rows(MISMATCH, {ACTIVATION: "linear", "part": "share"})
+    for word, noise in (("Shared", "shared"), ("Redrawn", "redrawn")):
+        best = mismatch.shares(linear, noise).get(share, {})
+        error, overlap = (best.get(name) for name in ("test_error", "overlap"))
+        if error is None or overlap is None:
+            raise MissingError(
+                f"{MISMATCH} has no best penalties at share = {share}, {noise} noise"
+            )
+        ratio = Number(error.mean, error.error) / Number(overlap.mean, overlap.error)
+        yield f"num{word}Gap", printed(ratio.log())
     rows = tables.rows(
         MISMATCH, {ACTIVATION: "linear", SEQUENCES: "reused", "part": f"map {SAMPLES}"}
     )
