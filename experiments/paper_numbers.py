@@ -13,6 +13,7 @@ import pandas as pd
 from battery import outcomes
 from figure_tools import limit
 from paper_rows import (
+    COMMON,
     MissingError,
     Number,
     Tables,
@@ -23,6 +24,7 @@ from paper_rows import (
     one_value,
     parameters,
     printed,
+    shown,
 )
 from validation import summary
 
@@ -30,7 +32,7 @@ Macros = Iterator[tuple[str, str]]
 Chosen = Mapping[str, Any]
 ACTIVATION, SEQUENCES = "activation", "finetuning.sequences"
 SAMPLES, PENALTY, TUNED = "pretraining.samples", "pretraining.penalty", "finetuning.samples"
-MODEL = ("tokens", "teacher_rank", "label_noise")
+STAGES = (SAMPLES, PENALTY, TUNED, "finetuning.penalty")
 
 VALIDATION = "figures/validation.csv"
 BATTERY, PUBLISHED = "tests/reference/battery.csv.gz", "figures/published.csv"
@@ -172,14 +174,9 @@ def effective_noise(tables: Tables) -> Macros:
                 rows = tables.rows(COLLAPSE, chosen)
                 if (family, source) == ("A", "theory"):
                     first[activation] = rows.iloc[0]
-    yield (
-        "parCollapse",
-        parameters(
-            COLLAPSE,
-            table,
-            ("tokens", "finetuning.penalty", "pretraining.rank", "finetuning.signal"),
-        ),
-    )
+    shared = ("tokens", "finetuning.penalty")
+    yield "parCollapse", shown({name: one_value(COLLAPSE, table, name) for name in shared})
+    yield "parCommon", shown(COMMON)
     yield "numFamilies", in_words(len(collapse.NAMES))
     yield "numCollapseNoise", printed(Number(first["linear"]["delta_eff"], 0.0))
     yield "numCollapseGain", printed(Number(first["softmax"]["gain"], 0.0), 3)
@@ -224,8 +221,7 @@ def optimum(
 def optimal(tables: Tables) -> Macros:
     table = tables.all(OPTIMAL)
     base = tables.rows(OPTIMAL, {**BASE, "source": "theory"})
-    tuned = (TUNED, "finetuning.penalty", "finetuning.signal")
-    yield "parOptimal", parameters(OPTIMAL, base, (*MODEL, "pretraining.rank", SAMPLES, *tuned))
+    yield "parOptimal", parameters(OPTIMAL, base, (SAMPLES, TUNED, "finetuning.penalty"))
     simulated = tables.rows(OPTIMAL, {"observable": "best_penalty", "source": "simulation"})
     yield "numOptimalSimulated", sizes(simulated[simulated["dim"] == simulated["dim"].max()])
     softmax = {"source": "theory", ACTIVATION: "softmax", "observable": "excess_test_error"}
@@ -251,7 +247,7 @@ def optimal(tables: Tables) -> Macros:
 
 def figure3(tables: Tables) -> Macros:
     table = tables.all(FIGURE3)
-    fields = (*MODEL, "pretraining.rank", SAMPLES, TUNED, "finetuning.penalty", "finetuning.signal")
+    fields = (SAMPLES, TUNED, "finetuning.penalty")
     yield "parPenalty", parameters(FIGURE3, table, fields)
     yield "numPenaltySizes", sizes(tables.rows(FIGURE3, {"source": "simulation"}))
     for activation in ("linear", "softmax"):
@@ -273,7 +269,7 @@ def mismatched(tables: Tables) -> Macros:
     for word, sequences in (("Reused", "reused"), ("Fresh", "fresh")):
         shared = {ACTIVATION: "linear", SEQUENCES: sequences, "part": f"along {PENALTY}"}
         if word == "Reused":
-            fields = (*MODEL, SAMPLES, TUNED, "finetuning.penalty")
+            fields = (SAMPLES, TUNED, "finetuning.penalty")
             yield "parMismatch", parameters(MISMATCH, tables.rows(MISMATCH, shared), fields)
             measured = tables.rows(MISMATCH, {**shared, "source": "simulation"})
             yield "numMismatchSizes", sizes(measured)
@@ -331,6 +327,7 @@ def price(tables: Tables) -> Macros:
             for variance in sorted(rows["variance"].unique())
         ]
         yield f"numPrice{word}", listed([printed(one) for one in limits])
+    yield "parPrice", parameters(PRICE, rows, ("finetuning.penalty",))
     yield "numPriceLevel", plain(rows["level"].iloc[0])
     splits = {ACTIVATION: "linear", "source": "theory", "observable": "best_share"}
     shares = tables.rows(PRICE, splits)["value"]
@@ -342,7 +339,7 @@ SCORES = {"Variance": "low_variance", "Cross": "cross_token"}
 
 
 def active(tables: Tables) -> Macros:
-    fields = (*MODEL, SAMPLES, "finetuning.penalty")
+    fields = (SAMPLES, "finetuning.penalty")
     yield "parActive", parameters(FIGURE4, tables.all(FIGURE4), fields)
     yield "numActivePool", plain(tables.all(FIGURE4)["finetuning.selection.pool"].max())
     yield "numActiveSizes", sizes(tables.rows(FIGURE4, {"source": "simulation"}))
@@ -371,11 +368,15 @@ def active(tables: Tables) -> Macros:
     uniform = tables.number(SELECTION, level)
     family = tables.rows(SELECTION, {**error, "panel": "family"})
     lowest = family.loc[family["value"].idxmin()]
+    yield "parFamily", parameters(SELECTION, family, STAGES)
+    yield "numFamilyPool", plain(one_value(SELECTION, family, "finetuning.selection.pool"))
     yield "numFamilyRatio", printed(Number(lowest["value"], lowest["error"]) / uniform)
     for word, score in SCORES.items():
         named_one = tables.number(SELECTION, {**level, "finetuning.selection.score": score})
         yield f"numNamedRatio{word}", printed(named_one / uniform)
-    pool = tables.rows(ROUNDS, {ACTIVATION: "linear"})["second_pool"].max()
+    rounds = tables.rows(ROUNDS, {ACTIVATION: "linear"})
+    yield "parRound", parameters(ROUNDS, rounds, STAGES)
+    pool = rounds["second_pool"].max()
     second = {ACTIVATION: "linear", "second_pool": pool, "choice": "current cross_token"}
     yield "numRoundPool", plain(pool)
     error = {"observable": "test_error", "source": "theory"}
@@ -400,7 +401,7 @@ def points_of(tables: Tables, activation: str, method: str) -> pd.DataFrame:
 
 def low_rank(tables: Tables) -> Macros:
     rows = tables.rows(LOWRANK, {"kind": "fresh"})
-    fields = (*MODEL, SAMPLES, "finetuning.penalty", "finetuning.signal")
+    fields = (SAMPLES, "finetuning.penalty")
     yield "parLowrank", parameters(LOWRANK, rows, fields)
     yield "numLowrankSizes", sizes(tables.rows(LOWRANK, {"kind": "fresh", "source": "simulation"}))
     for activation in NOISE:
@@ -425,7 +426,7 @@ def decay(tables: Tables) -> Macros:
     names = {"Rank": "learned_rank", "Error": "test_error"}
     at = {PENALTY: penalty}
     order_one = tables.rows(DECAY, {"curve": "order_one", "source": "simulation"})
-    yield "parDecay", parameters(DECAY, tables.all(DECAY), (*MODEL, SAMPLES))
+    yield "parDecay", parameters(DECAY, tables.all(DECAY), (SAMPLES,))
     yield "numDecaySizes", sizes(order_one)
     for word, name in names.items():
         chosen = {"curve": "order_one", "observable": name, **at}
@@ -446,6 +447,7 @@ def decay(tables: Tables) -> Macros:
 def metrics(tables: Tables) -> Macros:
     """Truncation where tokens have a covariance."""
     shared = {ACTIVATION: "linear", "source": "theory", "rank": 0.1}
+    yield "parMetric", parameters(COVARIANCE, tables.rows(COVARIANCE, shared), STAGES)
     yield "numMetricRank", plain(shared["rank"])
     same = {**shared, "condition": 100, "power": 1.0, "observable": "distortion"}
     yield "numMetricCondition", plain(same["condition"])

@@ -51,8 +51,8 @@ def printed(number: Number, digits: int = 4) -> str:
     begins_with_one = f"{error:.1e}" < "2"
     power = int(f"{error:.{int(begins_with_one)}e}".split("e")[1])
     decimals = max(int(begins_with_one) - power, 0)
-    shown = f"{error:.{decimals}f}" if error >= 1 else f"{round(error * 10**decimals)}"
-    return math_mode(f"{value:.{decimals}f}({shown})")
+    units = f"{error:.{decimals}f}" if error >= 1 else f"{round(error * 10**decimals)}"
+    return math_mode(f"{value:.{decimals}f}({units})")
 
 
 def in_digits(number: Number, digits: int = 3) -> str:
@@ -151,8 +151,24 @@ def one_value(name: str, rows: pd.DataFrame, column: str) -> Any:
     return values[0]
 
 
-def parameters(name: str, rows: pd.DataFrame, columns: Sequence[str]) -> str:
-    """Fields that all rows share: T = 2, κ0 = 0.5, …"""
-    return ", ".join(
-        math_mode(f"{SYMBOLS[column]}={one_value(name, rows, column):g}") for column in columns
-    )
+#: What the results share unless their parameters say otherwise.
+COMMON = {
+    "tokens": 2,
+    "teacher_rank": 0.5,
+    "label_noise": 0.5,
+    "pretraining.rank": 1,
+    "finetuning.signal": 1,
+}
+
+
+def shown(values: Mapping[str, float]) -> str:
+    return ", ".join(math_mode(f"{SYMBOLS[name]}={value:g}") for name, value in values.items())
+
+
+def parameters(name: str, rows: pd.DataFrame, others: Sequence[str]) -> str:
+    """Fields that all rows share: those that are not COMMON, and others."""
+    both_stages = "finetuning.samples" in rows
+    asked = [column for column in COMMON if both_stages or not column.startswith("finetuning")]
+    common = {column: one_value(name, rows, column) for column in asked}
+    unusual = {column: value for column, value in common.items() if value != COMMON[column]}
+    return shown(unusual | {column: one_value(name, rows, column) for column in others})
