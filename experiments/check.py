@@ -38,8 +38,8 @@ from figure_tools import FULL, OBSERVED, predicted_rows
 from lora_theory import Problem, predict, second_round
 from lora_theory.spelling import problem_of_texts
 
-#: Relative to the number, for rounding and other machines, and to its stated error.
-TOLERANCE, SHARE = 1e-5, 0.05
+#: Relative to the number, for rounding and other machines, and to its stated error; where it is 0.
+TOLERANCE, SHARE, FLOOR = 1e-5, 0.05, 1e-9
 #: What a row says of its number; everything else says what the number is of.
 SAID = ("value", "error")
 FIELDS = [spec.name for spec in Problem.specs()]
@@ -213,7 +213,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
                rows=lambda table: table["activation"] == "linear"),
     ),
     "optimal": (
-        Recipe(_optima, 3, tuple(name for name in FIELDS if name != optimal.PENALTY)),
+        Recipe(_optima, 2, tuple(name for name in FIELDS if name != optimal.PENALTY)),
     ),
     "mismatch": (
         Recipe(solved_with(mismatch_rows.NODES_ALONG), 12, rows=observed(*OBSERVED)),
@@ -272,9 +272,13 @@ def checked(
     for place in np.linspace(0, len(groups) - 1, wanted).round().astype(int):
         group = groups[place]
         first = group.iloc[0].dropna().to_dict()
-        found = by_observable(recipe.again(first, group), group)
         label = " ".join(f"{key}={first[key]}" for key in keys if part[key].nunique() > 1
                          and key in first)  # fmt: skip
+        try:
+            found = by_observable(recipe.again(first, group), group)
+        except (ArithmeticError, AssertionError, RuntimeError) as error:  # no solution
+            deviations.append(Deviation(f"{name}, {label}", "numbers", f"{error or 'no solution'}"))
+            continue
         for _, stated in group.iterrows():
             where = f"{name}, {label}, {stated.get('observable', 'row')}"
             new = next(found[stated.get("observable")], None)
@@ -309,7 +313,7 @@ def deviation(stated: Mapping[str, Any], new: Mapping[str, Any], column: str) ->
     if math.isnan(before) or math.isinf(before):
         return 0.0 if math.isnan(now) == math.isnan(before) and not math.isfinite(now) else math.inf
     error = float(stated.get("error", math.nan))
-    allowed = TOLERANCE * abs(before) + (SHARE * error if error > 0 else 0.0) + 1e-12
+    allowed = TOLERANCE * abs(before) + (SHARE * error if error > 0 else 0.0) + FLOOR
     found = abs(now - before) / allowed
     return found if math.isfinite(found) else math.inf
 

@@ -67,7 +67,7 @@ def described(path: Path, profile: str) -> dict[str, Any]:
     """What the table itself says."""
     table = pd.read_csv(path, dtype=str)
     fields = [spec.name for spec in Problem.specs() if spec.name in table]
-    problems = table[fields].fillna(DEFAULTS).drop_duplicates()
+    problems = table[fields].fillna(DEFAULTS).map(plain).drop_duplicates()
     same = {name: values.iloc[0] for name, values in problems.items() if values.nunique() == 1}
     return {
         "profile": profile,
@@ -92,10 +92,18 @@ def described(path: Path, profile: str) -> dict[str, Any]:
 
 def listed(values: Iterable[str]) -> Any:
     """The distinct values, or their number and ends."""
-    distinct = sorted(pd.Series(values).dropna().unique(), key=_order)
+    distinct = sorted(pd.Series(values).dropna().map(plain).unique(), key=_order)
     if len(distinct) <= LISTED:
         return distinct
     return {"number": len(distinct), "from": distinct[0], "to": distinct[-1]}
+
+
+def plain(value: Any) -> Any:
+    """A number in its shortest spelling, anything else as it is."""
+    try:
+        return f"{float(value):.8g}" if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _order(text: str) -> tuple[bool, float, str]:
