@@ -76,7 +76,8 @@ def at_infinity(tables: Tables, name: str, chosen: Chosen) -> Number:
 # -- validation ----------------------------------------------------------------------------------
 
 
-COLUMNS = {"problem", "observable", "z", "dims", "seeds", "missed"}
+COLUMNS = {"problem", "stage", "observable", "z", "dims", "seeds", "missed"}
+STAGE = {"pretraining": "pre-training", "finetuning": "fine-tuning"}
 
 
 def compared(tables: Tables) -> pd.DataFrame:
@@ -100,11 +101,14 @@ def validation(tables: Tables) -> Macros:
     yield "numBound", plain(2)  # of summary
     yield "numShareWithin", percent(found["within"])
     yield "numLargestZ", plain(found["largest"], 2)
-    yield "numLargestWhere", f"{in_plain_words(worst['observable'])} ({named(worst['problem'])})"
+    place = f"{in_plain_words(worst['observable'])} of {STAGE[worst['stage']]}"
+    yield "numLargestWhere", f"{place} ({named(worst['problem'])})"
     sizes_of = one_value(VALIDATION, cells, "dims").split()
     yield "numRunSizes", listed([math_mode(f"D={sizes_of[0]}"), *map(math_mode, sizes_of[1:])])
     yield "numRunSeeds", count(one_value(VALIDATION, cells, "seeds"))
-    yield "numMissed", count(int(cells.groupby("problem")["missed"].first().sum()))
+    by_problem = cells.groupby("problem").first()
+    yield "numMissed", count(by_problem["missed"].sum())
+    yield "numRuns", count(len(sizes_of) * by_problem["seeds"].sum())
     became = outcomes(tables.all(BATTERY))
     yield "numBattery", count(len(became))
     for macro, outcome in (("Solved", "solved"), ("Jumps", "jumps"), ("Unsolved", "not solved")):
