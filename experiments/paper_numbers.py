@@ -103,6 +103,9 @@ def validation(tables: Tables) -> Macros:
     yield "numLargestZ", plain(found["largest"], 2)
     place = f"{in_plain_words(worst['observable'])} of {STAGE[worst['stage']]}"
     yield "numLargestWhere", f"{place} ({named(worst['problem'])})"
+    means = (cells["z"] ** 2).groupby(cells["problem"]).mean()
+    yield "numWorstChi", plain(means.max(), 2)
+    yield "numWorstProblem", named(str(means.idxmax()))
     sizes_of = one_value(VALIDATION, cells, "dims").split()
     yield "numRunSizes", listed([math_mode(f"D={sizes_of[0]}"), *map(math_mode, sizes_of[1:])])
     yield "numRunSeeds", count(one_value(VALIDATION, cells, "seeds"))
