@@ -73,7 +73,7 @@ def described(path: Path, profile: str) -> dict[str, Any]:
         "profile": profile,
         "table": {"sha256": sha256(path), "rows": len(table)},
         "problems": {
-            "number": len(problems),
+            "number": len(problems) if fields else 0,
             "same": {name: value for name, value in same.items() if problems[name].notna().all()},
             "varied": {
                 name: listed(values)

@@ -43,6 +43,7 @@ from figure_tools import FULL, QUICK, Experiment, Profile
 
 from lora_theory.compilation import keep_programs
 from lora_theory.files import written_whole
+from lora_theory.sweeps.engine import SweepError
 
 MODULES = (
     validation,
@@ -118,8 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.theory:
             profile = dataclasses.replace(profile, sources=("theory",))
         computed(names, profile, folder, plan_only=options.plan)
-    except Refused as refusal:
-        say(f"error: {refusal}")
+    except (Refused, SweepError, OSError) as error:
+        say(f"error: {error}")
         return 2
     return 0
 
