@@ -13,7 +13,7 @@ comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures figures-full test test-all browser clean distclean
+.PHONY: help install figures figures-full paper test test-all browser clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ figures: $(INSTALLED) ## theory and simulations in the quick profile, drawn into
 
 figures-full: $(INSTALLED) ## the same at publication sizes, into figures/
 	@$(BIN)/python experiments/reproduce.py --full
+
+paper: $(INSTALLED) ## the paper: its equations and numbers from the package, then LaTeX
+	@$(BIN)/python experiments/write_paper.py
 
 test: export NPROC := $(THREADS)
 test: export OMP_NUM_THREADS := $(THREADS)
@@ -45,6 +48,7 @@ browser: ## Chromium, for the tests of the explorer (Debian and Ubuntu; asks for
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium > /dev/null; }
 
 clean: ## remove what was computed and built, except .venv and figures/
+	@rm -rf paper/build paper/generated paper/lora_theory.pdf
 	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
