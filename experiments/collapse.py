@@ -379,7 +379,7 @@ def caption(table: pd.DataFrame) -> str:
         "start. Filled: both stages trained, at D = "
         f"{sizes.get('trained', '…')}. Open: LoRA trained on weights drawn from the law that each "
         f"pre-training has for D → ∞, at D = {sizes['sampled']}. Extrapolated to D → ∞ in 1/D "
-        "(softmax, E': in 1/√D; linear, E': its "
+        "(softmax, E', and power law, γ = 0.25: in 1/√D; linear, E': its "
         "measured O(1/√D) cross term subtracted first), with standard errors; every point has "
         "systems of its own. Bottom: (simulation - theory)/error of A to F, E' filled, o open; "
         "grey: ±2. T = 2, λ' = 0.5, κ = 1, q0 = 1. "
