@@ -12,7 +12,7 @@ from lora_theory.observables import to_plain
 
 __all__ = ["Check", "Report", "examine", "installed_version"]
 
-_PACKAGES = ("lora-theory", "jax", "jaxlib", "numpy", "scipy", "optimistix", "tyro")
+_PACKAGES = ("lora-theory", "jax", "jaxlib", "numpy", "scipy", "tyro")
 #: Linear pre-training at T = 2, κ0 = Δ = 0.5, α = 0.2, λ = 0.02 (docs/theory.md).
 _REFERENCE = {"Q": 1.7088, "M": 1.4634, "V": 1.3992, "test_error": 0.7981}
 _REFERENCE_PRECISION = 1e-4

@@ -3,7 +3,6 @@
 import check
 import contraction
 import decay
-import pandas as pd
 import published
 import pytest
 import reproduce
@@ -77,11 +76,10 @@ WRONG = {
 
 def verdict(table, fields):
     """That of the first recipe on the first rows with these fields."""
-    rows = pd.read_csv(FIGURES / f"{table}.csv", dtype=str)
-    rows = rows[rows["source"] == "theory"]
+    rows = check.theory_of(FIGURES / f"{table}.csv")
     for name, value in fields.items():
         rows = rows[rows[name] == value]
-    return check.checked(table, check.RECIPES[table][0], rows, every=False, most=1)
+    return check.checked(table, check.RECIPES[table][0], rows, 1)
 
 
 @pytest.mark.slow
@@ -104,11 +102,11 @@ def test_an_unchanged_copy_is_green(tmp_path, monkeypatch):
 
 
 def test_a_changed_number_is_red():
-    rows = pd.read_csv(FIGURES / "decay.csv", dtype=str)
-    rows = rows[(rows["source"] == "theory") & (rows["curve"] == "weight_decay")].copy()
+    rows = check.theory_of(FIGURES / "decay.csv")
+    rows = rows[rows["curve"] == "weight_decay"].copy()
     first = rows.index[0]
     rows.loc[first, "value"] = f"{1.0001 * float(rows.loc[first, 'value']):.8g}"
-    found = check.checked("decay", check.RECIPES["decay"][0], rows, every=False, most=1)
+    found = check.checked("decay", check.RECIPES["decay"][0], rows, 1)
     (deviation,) = found.deviations
     assert "learned_rank" in deviation.where
     assert found.numbers == 4
@@ -118,7 +116,6 @@ def test_every_committed_table_is_checked():
     tables = {path.stem for path in FIGURES.glob("*.csv")} - {"validation_runs"}
     assert tables == set(check.RECIPES) == set(reproduce.EXPERIMENTS)
     for name, recipes in check.RECIPES.items():
-        rows = pd.read_csv(FIGURES / f"{name}.csv", dtype=str)
-        rows = rows[rows["source"].isin(("theory", "comparison"))]
+        rows = check.theory_of(FIGURES / f"{name}.csv")
         for recipe in recipes:
             assert len(rows if recipe.rows is None else rows[recipe.rows(rows)])
