@@ -13,7 +13,7 @@ comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures figures-full test test-all browser clean distclean
+.PHONY: help install figures figures-full docs test test-all browser clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,10 @@ figures: $(INSTALLED) ## theory and simulations in the quick profile, drawn into
 
 figures-full: $(INSTALLED) ## the same at publication sizes, into figures/
 	@$(BIN)/python experiments/reproduce.py --full
+
+docs: $(INSTALLED) ## the documentation as pages, into docs/_build/html/
+	@$(BIN)/sphinx-build -q -W --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo "The first page is docs/_build/html/docs/index.html"
 
 test: export NPROC := $(THREADS)
 test: export OMP_NUM_THREADS := $(THREADS)
@@ -45,7 +49,7 @@ browser: ## Chromium, for the tests of the explorer (Debian and Ubuntu; asks for
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium > /dev/null; }
 
 clean: ## remove what was computed and built, except .venv and figures/
-	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info docs/_build figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
