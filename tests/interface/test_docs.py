@@ -10,9 +10,15 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_theory
+from lora_theory import Problem
+from lora_theory.laws import GOE, LAWS, Law
+from lora_theory.theory.predict import solve_pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -66,6 +72,37 @@ def test_the_blocks_run_and_print_what_is_shown(name):
     assert pairs
     for printed, shown in pairs:
         assert_alike(printed, shown)
+
+
+@pytest.mark.slow
+def test_the_guides_run_and_their_numbers_are_right():
+    names, pairs = run_blocks((DOCS / "extending.md").read_text(encoding="utf-8"))
+    assert len(pairs) == 3
+    for printed, shown in pairs:
+        assert_alike(printed, shown)
+
+    law, drawn = names["Even"](), np.random.default_rng(0).uniform(0, 3**0.5, 100_000)
+    assert isinstance(law, Law)
+    with jax.enable_x64(True):
+        found = complex(law.stieltjes(jnp.asarray(1.0 + 0.5j)))
+    assert abs(found - np.mean(1 / (1.0 + 0.5j - drawn))) < 0.01
+    np.testing.assert_allclose(law.moments(), [drawn.mean(), (drawn**2).mean()], rtol=0.01)
+    other = names["predict"](Problem(teacher_rank=0.5, **names["shared"])).pretraining
+    for name in ("Q", "M", "test_error"):
+        value = getattr(names["new"], name)
+        assert getattr(names["check"], name) == pytest.approx(value, rel=2e-3)
+        assert getattr(other, name) != pytest.approx(value, rel=2e-2)  # the law matters
+    solve_pretraining.cache_clear()  # of the law that stood in the place of another
+    assert LAWS["goe"](None) == GOE()
+
+    table = names["table"]
+    row = table[(table["source"] == "theory") & (table["observable"] == "overlap")].iloc[1]
+    beta = row["finetuning.rescaling"]
+    quick = {"nodes": names["QUICK"].nodes, "blocks": names["QUICK"].blocks}
+    stage = names["predict"](names["problem"](beta), **quick).finetuning
+    assert row["value"] == pytest.approx(stage.overlap, rel=1e-7)
+    assert set(table["source"]) == {"theory", "simulation"}
+    assert "D = 24, mean ± standard error of 2 seeds" in names["caption"](table)
 
 
 def test_another_number_is_no_match():
