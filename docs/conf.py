@@ -27,6 +27,7 @@ exclude_patterns = [".*", "docs/_build", "figures/quick", "figures/*-runs"]
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
+mathjax3_config = {"chtml": {"scale": 0.9}}
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -35,6 +36,7 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 
 html_theme = "furo"
+html_static_path, html_css_files = ["static"], ["pages.css"]
 html_title = f"{project} {version}"
 html_copy_source = html_show_copyright = html_show_sphinx = False
 

@@ -182,6 +182,7 @@ def listed(page: Path) -> set[Path]:
     for entry in entries:
         if not entry or entry.startswith(":"):
             continue
+        entry = re.sub(r".* <(.*)>", r"\1", entry)
         named = [page.parent.glob(entry + kind) for kind in (".md", ".rst")]
         here = [path.resolve() for paths in named for path in paths]
         assert here, entry
