@@ -28,6 +28,8 @@ figures-full: $(INSTALLED) ## the same at publication sizes, into figures/
 	@$(BIN)/python experiments/reproduce.py --full
 
 docs: $(INSTALLED) ## the documentation as pages, into docs/_build/html/
+	@test -x $(BIN)/sphinx-build || { \
+	  echo "Sphinx is not installed: it comes with EXTRAS=dev, the default"; exit 1; }
 	@$(BIN)/sphinx-build -q -W --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
 	@echo "The first page is docs/_build/html/docs/index.html"
 

@@ -31,6 +31,7 @@ mathjax3_config = {"chtml": {"scale": 0.9}}
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
@@ -57,6 +58,12 @@ def _plain_display(app: Any, tree: Any) -> None:
         equation[:] = [nodes.Text(f"\\[{equation.astext()}\\]")]
 
 
+def _short_types(app: Any, *described: Any) -> tuple[str | None, ...]:
+    """Types of arrays in signatures by the names that the package imports."""
+    long = re.compile(r"jaxlib\._jax\.|TypeAliasForwardRef\('(\w+)'\)")
+    return tuple(part and long.sub(r"\1", part) for part in described[-2:])
+
+
 def _plain_text(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings write formulas as plain text: their *, | and _ are no markup."""
     in_example = False
@@ -71,5 +78,6 @@ def _plain_text(app: Any, what: str, name: str, thing: Any, options: Any, lines:
 def setup(app: Any) -> None:
     """Connect them."""
     app.connect("autodoc-process-docstring", _plain_text, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", _short_types)
     app.connect("source-read", _figure_page)
     app.connect("doctree-read", _plain_display)
