@@ -23,9 +23,9 @@ stderr.
 | 0 | solved |
 | 1 | not converged: the numbers are printed, the status says so |
 | 2 | bad input: one message, no result, no file |
+| 70 | a bug, or a broken installation: `{PROGRAM} doctor` tells which |
 | 74 | the result cannot be written; a sweep keeps what is finished |
 | 130 | interrupted |
-| 70 | a bug, or a broken installation: `{PROGRAM} doctor` tells which |
 """
 
 

@@ -46,7 +46,8 @@ def _figure_page(app: Any, name: str, source: list[str]) -> None:
     """Captions in figures/ are pages here, with the picture they belong to."""
     if name.startswith("figures/"):
         stem = Path(name).name
-        picture = f"# Figure: {stem}\n\n![{stem}]({stem}.png)\n"
+        title = re.sub(r"^(figure)?", lambda word: "Figure " if word[1] else "Figure: ", stem)
+        picture = f"# {title.replace('_', ' ')}\n\n![{title}]({stem}.png)\n"
         files = f"Table: [{stem}.csv]({stem}.csv); for print: [{stem}.pdf]({stem}.pdf).\n"
         source[0] = "\n".join([picture, source[0], files])
 
