@@ -13,7 +13,7 @@ comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures figures-full paper test test-all browser clean distclean
+.PHONY: help install figures figures-full docs paper test test-all browser clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,12 @@ figures: $(INSTALLED) ## theory and simulations in the quick profile, drawn into
 
 figures-full: $(INSTALLED) ## the same at publication sizes, into figures/
 	@$(BIN)/python experiments/reproduce.py --full
+
+docs: $(INSTALLED) ## the documentation as pages, into docs/_build/html/
+	@test -x $(BIN)/sphinx-build || { \
+	  echo "Sphinx is not installed: it comes with EXTRAS=dev, the default"; exit 1; }
+	@$(BIN)/sphinx-build -q -W --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo "The first page is docs/_build/html/docs/index.html"
 
 paper: $(INSTALLED) ## the paper: its equations and numbers from the package, then LaTeX
 	@$(BIN)/python experiments/write_paper.py
@@ -48,8 +54,8 @@ browser: ## Chromium, for the tests of the explorer (Debian and Ubuntu; asks for
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends chromium > /dev/null; }
 
 clean: ## remove what was computed and built, except .venv and figures/
-	@rm -rf paper/build paper/generated paper/lora_theory.pdf
-	@rm -rf build dist *.egg-info figures/quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf paper/build paper/generated paper/lora_theory.pdf docs/_build figures/quick
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

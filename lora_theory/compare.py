@@ -104,7 +104,8 @@ def compare(
     what a compression leaves shows in fine-tuning.
 
     Args:
-        dims: D, or several different D. seeds: runs per D, at least 2.
+        dims: D, or several different D.
+        seeds: runs per D, at least 2.
         seed, starts, dtype, device, progress: as in :func:`lora_theory.simulate`.
         nodes: as in :func:`lora_theory.predict`.
         out: folder of a :func:`lora_theory.sweep` that keeps every run: an interrupted call goes

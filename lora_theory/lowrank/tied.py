@@ -33,8 +33,10 @@ def compress_tied(
     C'^{-1/2}SVD_k(C^{1/2}SC^{1/2})C'^{-1/2}.
 
     Args:
-        S: symmetric. rank: k. covariance, shifted: C and C', diagonal or not, positive definite;
-            "anchored" takes the symmetric roots.
+        S: symmetric.
+        rank: k.
+        covariance, shifted: C and C', diagonal or not, positive definite; "anchored" takes the
+            symmetric roots.
 
     Example:
         >>> C = np.diag([1.0, 100.0])

@@ -92,7 +92,9 @@ def softmax_field_minima(
     (docs/theory.md, section 5).  Coordinates: :func:`~lora_theory.theory.fields.field_basis`.
 
     Args:
-        labels: y. center: z. variance: V.
+        labels: y.
+        center: z.
+        variance: V.
     """
     data = (labels, center, jnp.broadcast_to(variance, center.shape[-1:]))
     return _two_lowest(_field_objective, starts, data, 1 / jnp.mean(variance))
@@ -107,7 +109,10 @@ def softmax_field_proximal(
     """Prox_V(z; y) = argmin_u ‖u − z‖²/(2V) + ‖y − σ(h(u))‖² (docs/theory.md, section 2).
 
     Args:
-        labels: y. center: z. variance: V. minimum: the minimiser, from the search.
+        labels: y.
+        center: z.
+        variance: V.
+        minimum: the minimiser, from the search.
     """
     return _at_minimum(_field_objective, minimum, (labels, center, variance), center, variance)
 
@@ -142,7 +147,11 @@ def softmax_lora_minima(
     """Minima of ‖χ − ω‖²/(2v) + ‖y' − σ(h + χχᵀ − qI)‖² reached from ``starts``.
 
     Args:
-        frozen: h. labels: y'. center: ω. variance: v. norm: q.
+        frozen: h.
+        labels: y'.
+        center: ω.
+        variance: v.
+        norm: q.
     """
     nodes = center.shape[-1:]
     scales = (jnp.broadcast_to(variance, nodes), jnp.broadcast_to(norm, nodes))
@@ -160,7 +169,12 @@ def softmax_lora_starts(
     """Starts for the minima of LoRA: ω, then the points ±``likely`` per node, the best first.
 
     Args:
-        frozen: h. labels: y'. center: ω. variance: v. norm: q. likely: χ*, :func:`rank_one_part`.
+        frozen: h.
+        labels: y'.
+        center: ω.
+        variance: v.
+        norm: q.
+        likely: χ*, :func:`rank_one_part`.
     """
     eye = jnp.eye(center.shape[0])[:, :, None]
 
@@ -196,7 +210,12 @@ def softmax_lora_proximal(
     """prox(ω) = argmin_χ ‖χ − ω‖²/(2v) + ‖y' − σ(h + χχᵀ − qI)‖² (docs/theory.md, section 3).
 
     Args:
-        frozen: h. labels: y'. center: ω. variance: v. norm: q. minimum: the minimiser.
+        frozen: h.
+        labels: y'.
+        center: ω.
+        variance: v.
+        norm: q.
+        minimum: the minimiser.
     """
     data = (frozen, labels, center, variance, norm)
     return _at_minimum(_lora_objective, minimum, data, center, variance)
@@ -257,7 +276,9 @@ def linear_lora_proximal(
     positive definite, is the global minimum (docs/theory.md, section 3).
 
     Args:
-        levels: eigenvalues of B, ascending. center: ω in that basis. variance: v.
+        levels: eigenvalues of B, ascending.
+        center: ω in that basis.
+        variance: v.
     """
     steep = 4.0 / levels.shape[0] ** 2
     b, omega, v = (jax.lax.stop_gradient(entry) for entry in (levels, center, variance))
