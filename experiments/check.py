@@ -35,7 +35,7 @@ import spectra
 import validation
 from figure_tools import FULL, OBSERVED, predicted_rows
 
-from lora_theory import Problem, predict, second_round
+from lora_theory import Problem, predict
 from lora_theory.spelling import problem_of_texts
 
 #: Relative to the number, for rounding and other machines, and to its stated error; where it is 0.
@@ -109,6 +109,16 @@ def observed(*names: str) -> Callable[[pd.DataFrame], pd.Series]:
     return lambda table: table["observable"].isin(names)
 
 
+def by_activation(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """For linear attention, and for softmax, which takes minutes, only if all is asked for."""
+    whole = recipe.rows or (lambda table: pd.Series(True, table.index))
+
+    def rows(activation: str) -> Callable[[pd.DataFrame], pd.Series]:
+        return lambda table: whole(table) & table["activation"].eq(activation)
+
+    return recipe._replace(rows=rows("linear")), recipe._replace(rows=rows("softmax"), most=0)
+
+
 def _curve(row: Row, group: pd.DataFrame) -> Rows:
     return figure3.theory(row["activation"], row["finetuning.sequences"], FULL, Path())
 
@@ -157,14 +167,24 @@ def _lowrank(row: Row, group: pd.DataFrame) -> Rows:
 
 
 def _second_round(row: Row, group: pd.DataFrame) -> Rows:
-    activation, choice = row["activation"], rounds.Choice(*(row["choice"].split(" ")))
-    found = second_round(
-        rounds.problem(activation), samples=rounds.SETS[activation]["samples"],
-        **choice.settings(float(row["second_pool"])),
-        nodes=rounds.NODES[activation], blocks=FULL.blocks,
-    )  # fmt: skip
-    for name in rounds.OBSERVED:
-        yield {"observable": name, "value": getattr(found, name), "status": found.status.value}
+    choice, pool = rounds.Choice(*(row["choice"].split(" "))), float(row["second_pool"])
+    return rounds.predicted(row["activation"], choice, pool, FULL)
+
+
+def _ratio(row: Row, group: pd.DataFrame) -> Rows:
+    asked = problem_of(row)
+    return [selection.predicted_ratio(row["activation"], asked.pretraining.penalty, FULL)]
+
+
+def _best_in_family(row: Row, group: pd.DataFrame) -> Rows:
+    return [selection.best_in_family(FULL)]
+
+
+def _system(row: Row, group: pd.DataFrame) -> Rows:
+    noise = price_rows.Noise(row["activation"], float(row["gain"]), float(row["variance"]))
+    stage = noise.finetuned(float(row["finetuning.samples"]), nodes=price_rows.FINE)
+    numbers = {"value": stage.overlap, "error": stage.quadrature_error["overlap"]}
+    return [{"observable": row["observable"], **numbers}]
 
 
 def _published(row: Row, group: pd.DataFrame) -> Rows:
@@ -190,6 +210,7 @@ def _cells(row: Row, group: pd.DataFrame) -> Rows:
     return validation.predicted(row["problem"])
 
 
+WITH_REPLICON = {"value": "error", "replicon": ""}
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     "figure1": (Recipe(solved_with(FULL.nodes), 24),),
     "figure2": (Recipe(solved_with(FULL.nodes), 24),),
@@ -199,10 +220,15 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             _priced, 4, ("activation", "equal", "level", "gain", "variance"),
             rows=observed("needed", "price_of_variance", "price_of_gain"),
         ),
+        *by_activation(
+            Recipe(
+                _split, 1, ("activation", "budget", "cost"),
+                rows=lambda table: table["share"].isna() & table["budget"].notna(),
+            )
+        ),
         Recipe(
-            _split, 1, ("activation", "budget", "cost"),
-            rows=lambda table: table["share"].isna() & (table["activation"] == "linear")
-            & table["budget"].notna(),
+            _system, 2, ("activation", "observable", "variance"),
+            rows=observed("line_overlap", "control_overlap"),
         ),
         Recipe(
             solved_with(price_rows.FINE), 8,
@@ -211,8 +237,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     ),
     "figure3": (
         Recipe(solved_with(figure3.NODES), 12, rows=observed(*OBSERVED)),
-        Recipe(_curve, 1, ("activation", "finetuning.sequences"),
-               rows=lambda table: table["activation"] == "linear"),
+        *by_activation(Recipe(_curve, 1, ("activation", "finetuning.sequences"))),
     ),
     "optimal": (
         Recipe(_optima, 2, tuple(name for name in FIELDS if name != optimal.PENALTY)),
@@ -225,10 +250,16 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         ),
     ),
     "figure4": (Recipe(solved_with(figure4.NODES), 10),),
-    "selection": (Recipe(solved_with(selection.NODES), 8, rows=observed(*OBSERVED)),),
-    "rounds": (Recipe(_second_round, 6, rows=observed(*rounds.OBSERVED)),),
-    "lowrank": (Recipe(_lowrank, 24),),
-    "decay": (Recipe(_decay, 15),),
+    "selection": (
+        Recipe(solved_with(selection.NODES), 6, rows=observed(*OBSERVED)),
+        Recipe(
+            _ratio, 2, ("activation", "pretraining.penalty"), rows=observed("test_error_ratio")
+        ),
+        Recipe(_best_in_family, 1, ("activation",), rows=observed("best_c")),
+    ),
+    "rounds": (Recipe(_second_round, 5),),
+    "lowrank": (Recipe(_lowrank, 24, numbers=WITH_REPLICON),),
+    "decay": (Recipe(_decay, 15, numbers=WITH_REPLICON),),
     "spectra": (Recipe(_spectrum, 2, (spectra.SAMPLES,)),),
     "phases": (
         Recipe(
@@ -241,14 +272,13 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
     "covariance": (Recipe(_covariance, 6),),
     "deep_linear": (
         Recipe(_network, 3, ("panel",), rows=lambda table: table["panel"] != "rates"),
-        Recipe(
-            _network, 1, ("panel",),
-            rows=lambda table: (table["panel"] == "rates") & (table["arm"] == "plain")
-            & (table["depth"] == "2") & (table["spread"] == "1.5"),
-        ),
+        Recipe(_network, 0, ("panel",), rows=lambda table: table["panel"] == "rates"),
     ),
     "published": (Recipe(_published, 12),),
-    "validation": (Recipe(_cells, 10, ("problem",), numbers={"theory": "quadrature_error"}),),
+    "validation": (Recipe(
+            _cells, 10, ("problem",),
+            numbers={"theory": "quadrature_error", "simulation": "error"},
+        ),),
 }  # fmt: skip
 
 
@@ -290,6 +320,10 @@ def checked(name: str, recipe: Recipe, table: pd.DataFrame, most: int) -> Verdic
                 largest = max(largest, excess)
                 if not excess <= 1:
                     deviations.append(Deviation(where, stated[column], f"{new[column]:.8g}"))
+                if error and not same_error(stated.get(error), new.get(error)):
+                    deviations.append(
+                        Deviation(f"{where}, error", f"{stated[error]}", f"{new[error]}")
+                    )
             if not same_status(stated, new):
                 deviations.append(Deviation(where, stated["status"], str(new["status"])))
     return Verdict(name, wanted, len(groups), numbers, largest, tuple(deviations))
@@ -317,6 +351,12 @@ def deviation(
     allowed = TOLERANCE * abs(before) + (SHARE * error if error > 0 else 0.0) + FLOOR
     found = abs(now - before) / allowed
     return found if math.isfinite(found) else math.inf
+
+
+def same_error(stated: str | float | None, new: float | None) -> bool:
+    """Whether a stated error comes out again, to SHARE of itself; rows without one need none."""
+    before, now = (math.nan if error is None else float(error) for error in (stated, new))
+    return math.isnan(before) or abs(now - before) <= SHARE * before + FLOOR
 
 
 def same_status(stated: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lora_theory import Estimate, Prediction, Problem, Simulation, Status, predict
+from lora_theory.files import written_whole
 from lora_theory.sweeps import kept_simulations
 
 # Okabe–Ito colours that stay apart in greyscale too, with a line style and a marker each.
@@ -84,7 +85,8 @@ class Experiment:
         tables = {source: former if source in rest else computed for source in SOURCES}
         parts = [table[table["source"] == source] for source, table in tables.items()]
         parts.append(computed[~computed["source"].isin(SOURCES)])  # data of others
-        pd.concat(parts).to_csv(path, index=False, float_format="%.8g")
+        with written_whole(path) as stream:
+            pd.concat(parts).to_csv(stream, index=False, float_format="%.8g")
         shutil.rmtree(store, ignore_errors=True)
         self.redraw(folder)
 

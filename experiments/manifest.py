@@ -1,7 +1,8 @@
 """What the tables were computed from: manifest.json beside them, one entry per table.
 
-An entry names the profile, the hash of the table, the problems (what all share, what varies), the
-sizes and seeds of the simulations and, for theory and simulation apart, versions, device and time.
+An entry names the profile, the hash of the table and of data beside it, the problems (what all
+share, what varies), the sizes and seeds of the simulations, what else labels the rows and, for
+theory and simulation apart, versions, device and time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ DEFAULTS = {
     for spec in Problem.specs()
     if isinstance(spec.default, float | str) and not re.search(r"compression|selection", spec.name)
 }
+#: Columns that are no labels.
+NUMBERS = ("source", "status", "start", "observable", "value", "error", "missed", "jump_mass")
 SIZES = {"D": ("dim", "dims"), "seeds": ("seeds",), "root seeds": ("root_seed",)}
 SIZES |= {"dtype": ("dtype",)}
 
@@ -67,7 +70,10 @@ def described(path: Path, profile: str) -> dict[str, Any]:
     """What the table itself says."""
     table = pd.read_csv(path, dtype=str)
     fields = [spec.name for spec in Problem.specs() if spec.name in table]
-    problems = table[fields].fillna(DEFAULTS).map(plain).drop_duplicates()
+    asked = table.dropna(subset=["tokens"]) if "tokens" in table else table
+    problems = asked[fields].fillna(DEFAULTS).map(plain).drop_duplicates()
+    sizes = [column for columns in SIZES.values() for column in columns]
+    labels = table.drop(columns=[*fields, *sizes, *NUMBERS], errors="ignore")
     same = {name: values.iloc[0] for name, values in problems.items() if values.nunique() == 1}
     return {
         "profile": profile,
@@ -86,6 +92,14 @@ def described(path: Path, profile: str) -> dict[str, Any]:
             for label, columns in SIZES.items()
             for column in columns
             if column in table and table[column].notna().any()
+        },
+        "labels": {
+            name: listed(values)
+            for name, values in labels.items()
+            if 0 < values.nunique() <= 2 * LISTED
+        },
+        "data": {
+            data.name: sha256(data) for data in sorted(path.parent.glob(f"{path.stem}_*.csv"))
         },
     }
 

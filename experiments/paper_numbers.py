@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -41,6 +42,12 @@ MISMATCH, PRICE, FIGURE4 = "figures/mismatch.csv", "figures/price.csv", "figures
 SELECTION, ROUNDS, LOWRANK = "figures/selection.csv", "figures/rounds.csv", "figures/lowrank.csv"
 DECAY, COVARIANCE = "figures/decay.csv", "figures/covariance.csv"
 DEEP = "figures/deep_linear.csv"
+
+
+def bound(value: float) -> str:
+    """A power of ten with one digit, rounded up."""
+    power = math.floor(math.log10(value))
+    return math_mode(rf"{math.ceil(value / 10.0**power)}\times10^{{{power}}}")
 
 
 def percent(number: float, decimals: int = 0) -> str:
@@ -101,6 +108,8 @@ def validation(tables: Tables) -> Macros:
     yield "numBound", plain(2)  # of summary
     yield "numShareWithin", percent(found["within"])
     yield "numLargestZ", plain(found["largest"], 2)
+    yield "numLargestChance", percent(found["chance"])
+    yield "numFrozenBias", printed(Number(found["bias"], found["bias_error"]))
     place = f"{in_plain_words(worst['observable'])} of {STAGE[worst['stage']]}"
     yield "numLargestWhere", f"{place} ({named(worst['problem'])})"
     means = (cells["z"] ** 2).groupby(cells["problem"]).mean()
@@ -201,8 +210,7 @@ def effective_noise(tables: Tables) -> Macros:
     yield "numCollapsePoints", count(counts.pop())
     yield "numCollapseControls", plain(min(others), 3)
     spread = max(collapse.spread(table, "softmax", name) for name in ("test_error", "overlap"))
-    mantissa, power = f"{spread:.0e}".split("e")
-    yield "numCollapseSpread", math_mode(rf"{mantissa}\times10^{{{int(power)}}}")
+    yield "numCollapseSpread", bound(spread)
 
 
 # -- optimal pre-training and mismatch -----------------------------------------------------------
@@ -474,12 +482,11 @@ def metrics(tables: Tables) -> Macros:
 def deep_linear(tables: Tables) -> Macros:
     ratios = {"panel": "rates", "observable": "rate_ratio", "kind": "exact"}
     off = (tables.rows(DEEP, ratios)["value"] - 1).abs().max()
-    yield "numRateOff", percent(off, 1)
+    yield "numRateOff", percent(math.ceil(1000 * off) / 1000, 1)
     alone = tables.rows(DEEP, {"panel": "rates", "observable": "rate_ratio_resolved"})
     worst = max(alone["highest"].max() - 1, 1 - alone["lowest"].min())
-    mantissa, power = f"{worst:.0e}".split("e")
     yield "numRateRuns", count(alone["seeds"].sum())
-    yield "numRateOffAlone", math_mode(rf"{mantissa}\times10^{{{int(power)}}}")
+    yield "numRateOffAlone", bound(worst)
     yield "numDegree", in_words(5)
     steps = {"panel": "speed", "observable": "steps_ratio"}
     for word, arm in (("Five", "degree 5"), ("One", "degree 1"), ("Enlarged", "plain, enlarged")):

@@ -1,8 +1,8 @@
 """All figures and their tables: --quick into figures/quick/ (ignored by git), --full into figures/.
 
 Each run says first what it will compute and how long that takes.  Interrupted, the same command
-goes on: finished figures and finished simulations are kept.  --check computes the theory of the
-committed tables again.
+goes on: finished figures are kept, and of most others the finished simulations.  --check computes
+the theory of the committed tables again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import collapse
 import contraction
@@ -71,7 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES
 }
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-#: Seconds that each figure took on two cores, by profile.
+#: About how many seconds each figure takes on two cores, by profile.
 TIMES = Path(__file__).resolve().with_name("times.json")
 
 
@@ -100,12 +100,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.check and options.quick:
         parser.error("--check is for the committed tables, which are those of --full")
+    if options.every and not options.check:
+        parser.error("--every goes with --check")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     mpl.use("Agg")
+    # several processes may share one GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # remarks on dates in font files
     keep_programs(FIGURES / "quick" / "compiled")
     names = [name for name in EXPERIMENTS if not options.only or name in options.only]
@@ -120,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.theory:
             profile = dataclasses.replace(profile, sources=("theory",))
         computed(names, profile, folder, plan_only=options.plan)
+    except json.JSONDecodeError as error:
+        say(f"error: manifest.json or unfinished.json in {folder} is damaged: {error}")
+        return 2
     except (Refused, ProblemError, SweepError, OSError) as error:
         say(f"error: {error}")
         return 2
@@ -138,7 +145,7 @@ def computed(names: list[str], profile: Profile, folder: Path, *, plan_only: boo
     if "simulation" not in profile.sources:
         for name in names:
             known(name, profile, folder)
-    unfinished = Unfinished(folder / "unfinished.json", names, profile)
+    unfinished = Unfinished(folder, names, profile)
     left = unfinished.names()
     for line in plan(left, profile, folder):
         say(line)
@@ -193,36 +200,52 @@ def duration(seconds: float) -> str:
 class Unfinished:
     """Which figures of a call are still to be computed, kept in a file until all are done."""
 
-    path: Path
+    folder: Path
     asked: list[str]
     profile: Profile
 
-    def _call(self) -> dict[str, Any]:
-        return {"asked": self.asked, "sources": list(self.profile.sources)}
+    @property
+    def path(self) -> Path:
+        return self.folder / "unfinished.json"
+
+    @property
+    def call(self) -> str:
+        return " ".join((*self.profile.sources, *self.asked))
+
+    def calls(self) -> dict[str, list[str]]:
+        """What every interrupted call left."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, list[str]] = json.loads(self.path.read_text(encoding="utf-8"))
+        return found
 
     def names(self) -> list[str]:
-        """Those that the last call left, if it was the same; else all."""
-        if self.path.exists():
-            last = json.loads(self.path.read_text(encoding="utf-8"))
-            left: list[str] = last.pop("left")
-            if last == self._call():
-                return left
-        return self.asked
+        """Those that an interrupted call like this left, and those whose table is not as it was."""
+        left = self.calls().get(self.call, self.asked)
+        return [name for name in self.asked if name in left or not whole(name, self.folder)]
 
     def keep(self, left: list[str]) -> None:
         """Write down what is left; nothing once all is done."""
-        if not left:
+        calls = self.calls() | {self.call: left}
+        calls = {call: names for call, names in calls.items() if names}
+        if not calls:
             self.path.unlink(missing_ok=True)
             return
         with written_whole(self.path) as stream:
-            json.dump({**self._call(), "left": left}, stream)
+            json.dump(calls, stream)
 
 
 # -- from tables ---------------------------------------------------------------------------------
 
 
-def known(name: str, profile: Profile, folder: Path) -> None:
-    """Refuse a table that is not there, or is not of this profile."""
+def whole(name: str, folder: Path) -> bool:
+    """Whether a table is there, and the one that the manifest names."""
+    path, entry = folder / f"{name}.csv", manifest.read(folder).get(name)
+    return path.exists() and entry is not None and entry["table"]["sha256"] == manifest.sha256(path)
+
+
+def known(name: str, profile: Profile, folder: Path, *, changed: bool = False) -> None:
+    """Refuse a table that is not there, is not of this profile or, unless allowed, was changed."""
     path = folder / f"{name}.csv"
     if not path.exists():
         raise Refused(
@@ -230,8 +253,14 @@ def known(name: str, profile: Profile, folder: Path) -> None:
             f"`python experiments/reproduce.py --{profile.name} --only {name}`"
         )
     entry = manifest.read(folder).get(name)
-    if entry is None or entry["profile"] != profile.name:
-        was = "not in manifest.json" if entry is None else f"of the {entry['profile']} profile"
+    was = None
+    if entry is None:
+        was = "not in manifest.json"
+    elif entry["profile"] != profile.name:
+        was = f"of the {entry['profile']} profile"
+    elif not changed and not whole(name, folder):
+        was = "not the table that manifest.json names"
+    if was is not None:
         raise Refused(
             f"{path} is {was}, and what comes of several profiles is never mixed: compute it "
             f"again, by `python experiments/reproduce.py --{profile.name} --only {name}`"
@@ -248,16 +277,15 @@ def redraw(names: list[str], profile: Profile, folder: Path) -> None:
 
 def checked(names: list[str], *, every: bool) -> int:
     """Compute the theory of the committed tables again; 1 if any number does not come out."""
-    entries = manifest.read(FIGURES)
     for name in names:
-        known(name, FULL, FIGURES)
+        known(name, FULL, FIGURES, changed=True)
     say(
         f"theory of {len(names)} tables in {FIGURES}, "
         + ("every point, hours:" if every else "some points of each, at most 10 min on two cores:")
     )
     start, red = time.perf_counter(), 0
     for name in names:
-        if manifest.sha256(FIGURES / f"{name}.csv") != entries[name]["table"]["sha256"]:
+        if not whole(name, FIGURES):
             red += 1
             say(f"{name}: RED, the table is not the one that manifest.json names")
     for verdict in check_all([FIGURES / f"{name}.csv" for name in names], every=every):
@@ -277,7 +305,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         say(
-            "interrupted: finished figures are kept, and so are the finished simulations of the "
-            "unfinished one; the same command goes on from there"
+            "interrupted: finished figures are kept, and where a folder NAME-runs is beside them "
+            "the finished simulations of the next; the same command goes on from there"
         )
         sys.exit(130)

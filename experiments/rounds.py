@@ -9,6 +9,7 @@ Rows …_difference: less that of a second batch taken at random, paired by seed
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,28 +90,35 @@ def labels(activation: str, source: str, choice: Choice, pool: float) -> dict[st
 
 
 def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
-    effort = {"nodes": profile.pick(quick=128, full=NODES[activation]), "blocks": profile.blocks}
     samples, pools = SETS[activation]["samples"], SETS[activation]["pools"]
-    asked = problem(activation)
-
-    def solve(choice: Choice, pool: float) -> SecondRound:
-        return second_round(asked, samples=samples, **choice.settings(pool), **effort)
-
-    def rows(choice: Choice, pool: float, found: SecondRound) -> Iterator[dict[str, Any]]:
-        shared = labels(activation, "theory", choice, pool) | {"status": found.status.value}
-        for name in OBSERVED:
-            value, error = getattr(found, name), found.quadrature_error[name]
-            yield {**shared, "observable": name, "value": value, "error": error}
-            if found is not plain:
-                value = value - getattr(plain, name)
-                error = math.hypot(error, plain.quadrature_error[name])
-                yield {**shared, "observable": f"{name}_difference", "value": value, "error": error}
-
-    plain = solve(ANY, samples)
-    yield from rows(ANY, samples, plain)
+    yield from predicted(activation, ANY, samples, profile)
     for choice in CHOICES:
         for pool in profile.pick(quick=pools[2:5:2], full=pools):
-            yield from rows(choice, pool, solve(choice, pool))
+            yield from predicted(activation, choice, pool, profile)
+
+
+@functools.cache
+def solve(activation: str, choice: Choice, pool: float, profile: Profile) -> SecondRound:
+    return second_round(
+        problem(activation), samples=SETS[activation]["samples"], **choice.settings(pool),
+        nodes=profile.pick(quick=128, full=NODES[activation]), blocks=profile.blocks,
+    )  # fmt: skip
+
+
+def predicted(
+    activation: str, choice: Choice, pool: float, profile: Profile
+) -> Iterator[dict[str, Any]]:
+    """Rows of one second batch."""
+    plain = solve(activation, ANY, SETS[activation]["samples"], profile)
+    found = solve(activation, choice, pool, profile)
+    shared = labels(activation, "theory", choice, pool) | {"status": found.status.value}
+    for name in OBSERVED:
+        value, error = getattr(found, name), found.quadrature_error[name]
+        yield {**shared, "observable": name, "value": value, "error": error}
+        if choice != ANY:
+            value = value - getattr(plain, name)
+            error = math.hypot(error, plain.quadrature_error[name])
+            yield {**shared, "observable": f"{name}_difference", "value": value, "error": error}
 
 
 def simulation(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:

@@ -90,34 +90,50 @@ def _gain(prediction: Prediction) -> float:
 def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
     effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
     for penalty in PENALTIES[profile.name]:
-        both = [
-            predict(along_penalty(activation, penalty, s), **effort) for s in (ANY, "low_variance")
-        ]
+        both = _any_and_low_variance(activation, penalty, profile)
         for found in both:
             yield from predicted_rows(found, {"panel": "gain", "at": _gain(found)})
-        stages = [found.finetuning for found in both]
-        ratio = stages[1].test_error / stages[0].test_error
-        errors = [s.quadrature_error["test_error"] / s.test_error for s in stages]
-        yield next(predicted_rows(both[1], {"panel": "gain", "at": _gain(both[1])})) | {
-            "observable": "test_error_ratio", "value": ratio, "error": ratio * math.hypot(*errors),
-        }  # fmt: skip
+        yield _ratio(both)
     if activation != "softmax":
         return
     for score in (ANY, *LEVELS):
         yield from predicted_rows(
             predict(named(score), **effort), {"panel": "level", "at": math.nan}
         )
+    for c in TARGETS[profile.name]:
+        yield from predicted_rows(predict(in_family(c), **effort), {"panel": "family", "at": c})
+    yield best_in_family(profile)
+
+
+def _any_and_low_variance(activation: str, penalty: float, profile: Profile) -> list[Prediction]:
+    effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
+    scores = ANY, "low_variance"
+    return [predict(along_penalty(activation, penalty, score), **effort) for score in scores]
+
+
+def _ratio(both: list[Prediction]) -> dict[str, Any]:
+    stages = [found.finetuning for found in both]
+    ratio = stages[1].test_error / stages[0].test_error
+    errors = [s.quadrature_error["test_error"] / s.test_error for s in stages]
+    return next(predicted_rows(both[1], {"panel": "gain", "at": _gain(both[1])})) | {
+        "observable": "test_error_ratio", "value": ratio, "error": ratio * math.hypot(*errors),
+    }  # fmt: skip
+
+
+def predicted_ratio(activation: str, penalty: float, profile: Profile) -> dict[str, Any]:
+    """Row of E' with low variance over that with any sequences."""
+    return _ratio(_any_and_low_variance(activation, penalty, profile))
+
+
+def best_in_family(profile: Profile) -> dict[str, Any]:
+    """Row of the c of least E', its error from other nodes."""
+    effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
     places = []
     for seed in range(profile.pick(quick=2, full=3)):
-        values = {}
-        for c in TARGETS[profile.name]:
-            found = predict(in_family(c), **effort, seed=seed)
-            values[c] = found.finetuning.test_error
-            if seed == 0:
-                yield from predicted_rows(found, {"panel": "family", "at": c})
-        places.append(least(values))
+        found = {c: predict(in_family(c), **effort, seed=seed) for c in TARGETS[profile.name]}
+        places.append(least({c: one.finetuning.test_error for c, one in found.items()}))
     best = Estimate.of(places)
-    yield {
+    return {
         **in_family(0.0).to_flat(), "panel": "family", "source": "theory", "start": "informed",
         "status": "converged", "observable": "best_c", "value": best.mean, "error": best.error,
     }  # fmt: skip

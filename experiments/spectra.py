@@ -95,8 +95,7 @@ def simulation(samples: float, profile: Profile, store: Path) -> Iterator[dict[s
 
 
 def _fields(samples: float) -> dict[str, Any]:
-    flat = problem(samples).to_flat()
-    return {name: value for name, value in flat.items() if name != "teacher.spikes"}
+    return {**problem(samples).to_flat(), "teacher.spikes": ",".join(map(str, SPIKES))}
 
 
 def _of(values: np.ndarray) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from lora_theory.theory.weights import Constants, kept_at
 
 __all__ = ["spectral_divergence", "squared_divergence"]
 
+#: Pairs of nodes that are held at a time.
+_PAIRS = 2**24
+
 Grid = Float[np.ndarray, " n"]
 
 
@@ -38,10 +41,14 @@ def squared_divergence(points: Grid, weights: Grid, values: Grid, slopes: Grid) 
         >>> squared_divergence(x, np.array([0.5, 0.5]), 2 * x, np.array([2.0, 2.0]))
         4.0
     """
-    gap, rise = points[:, None] - points[None], values[:, None] - values[None]
-    tangent = 0.5 * (slopes[:, None] + slopes[None])
-    quotient = np.where(gap == 0, tangent, rise / np.where(gap == 0, 1.0, gap))
-    return float(weights @ quotient**2 @ weights)
+    total, step = 0.0, max(1, _PAIRS // len(points))
+    for first in range(0, len(points), step):
+        some = slice(first, first + step)
+        gap, rise = points[some, None] - points[None], values[some, None] - values[None]
+        tangent = 0.5 * (slopes[some, None] + slopes[None])
+        quotient = np.where(gap == 0, tangent, rise / np.where(gap == 0, 1.0, gap))
+        total += float(weights[some] @ quotient**2 @ weights)
+    return total
 
 
 @quickly_compiled()

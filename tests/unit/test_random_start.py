@@ -74,7 +74,7 @@ def test_more_label_noise_needs_more_samples():
     assert found.table[0].successes < found.table[-1].successes
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reused_sequences_bound_the_samples():
     """Two pre-training sequences are all that can be re-used, and leave most of w unseen."""
     changes = {"finetuning.sequences": "reused", "finetuning.samples": 0.025}

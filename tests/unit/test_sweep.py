@@ -262,7 +262,7 @@ def test_a_store_that_cannot_be_written_stops_the_sweep(tmp_path, monkeypatch):
     assert len(results(tmp_path)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_and_two_workers_write_the_same_bytes(tmp_path):
     """Spawned processes, theirs threads fixed; the second sweep is resumed from half."""
     pytest.importorskip("distributed")
