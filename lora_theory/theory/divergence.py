@@ -22,7 +22,7 @@ from lora_theory.theory.weights import Constants, kept_at
 __all__ = ["spectral_divergence", "squared_divergence"]
 
 #: Pairs of nodes that are held at a time.
-_PAIRS = 2**24
+_PAIRS = 2**20
 
 Grid = Float[np.ndarray, " n"]
 

@@ -10,8 +10,8 @@ import pytest
 import validation
 from mutants import mutant
 
-from lora_theory import predict, simulate
-from lora_theory.compare import agreements
+from lora_theory import Estimate, predict, simulate
+from lora_theory.compare import agreements, extrapolate
 
 RUNS = pd.read_csv(validation.RUNS)
 CELLS = pd.read_csv(validation.RUNS.with_name("validation.csv"))
@@ -83,6 +83,24 @@ def test_the_differences_are_as_large_as_their_errors_say():
     found = validation.summary(CELLS)
     assert abs(found["chi2"] - 1) < 3 * found["chi2_error"]
     assert found["within"] > 0.9
+
+
+def test_the_teacher_of_a_power_law_is_extrapolated_in_its_own_power():
+    exponent = validation.PROBLEMS["linear-2-separable"].teacher.exponent
+    powers = CELLS[CELLS["problem"] == "linear-2-separable"]["power"]
+    assert set(powers) == {1 - 2 * exponent}
+    name = "pretraining.M"
+    runs = validation.runs_of(RUNS, "linear-2-separable").groupby("dim")[name].agg(["mean", "sem"])
+    estimates = [Estimate(row["mean"], row["sem"], 16) for _, row in runs.iterrows()]
+    theory = CELLS.query(
+        "problem == 'linear-2-separable' and observable == 'M' and stage == 'pretraining'"
+    )["theory"].iloc[0]
+    z = {}
+    for power in (1 - 2 * exponent, 1.0):
+        limit = extrapolate(estimates, list(runs.index), power)
+        z[power] = abs(limit.mean - theory) / limit.error
+    assert z[1 - 2 * exponent] < 3
+    assert z[1.0] > 5
 
 
 def test_low_rank_decay_is_not_at_its_least_minimum():

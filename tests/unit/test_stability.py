@@ -101,6 +101,14 @@ def test_double_integral_is_the_growth_of_a_random_change_of_y(delta, epsilon, l
     assert rank > 1 - 1e-6 or abs(measured - rank**2) > 0.02
 
 
+def test_pairs_of_nodes_are_taken_a_few_at_a_time(monkeypatch):
+    x = np.linspace(-1, 2, 23)
+    arguments = x, np.full(23, 1 / 23), np.tanh(x), np.cosh(x) ** -2.0
+    whole = squared_divergence(*arguments)
+    monkeypatch.setattr("lora_theory.theory.divergence._PAIRS", 50)
+    assert squared_divergence(*arguments) == pytest.approx(whole, rel=1e-13)
+
+
 def test_double_integral_of_a_smooth_function_is_that_over_eigenvalues():
     law = Wishart(0.5)
     eigenvalues = np.linalg.eigvalsh(sampled(0.7, law, 400))
