@@ -54,7 +54,7 @@ class Recipe(NamedTuple):
     """How some theory rows of a table are computed again, a group at a time."""
 
     again: Callable[[Row, pd.DataFrame], Rows]  # from the first row of a group, and all of it
-    most: int  # groups that are computed unless all are asked for
+    most: int  # groups that are computed unless all are asked for, 0 for what takes minutes
     keys: tuple[str, ...] | None = None  # equal in a group; None: the problem and all labels
     rows: Callable[[pd.DataFrame], pd.Series] | None = None  # which it is for; None: all
     numbers: Mapping[str, str] = MappingProxyType({"value": "error"})  # and their errors
@@ -367,7 +367,12 @@ def same_status(stated: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def check_all(paths: Iterable[Path], *, every: bool = False) -> Iterator[Verdict]:
     """The same of many tables, on two processes, as they come; what takes longest begins first."""
-    jobs = [(path, place) for path in paths for place in range(len(RECIPES[path.stem]))]
+    jobs = [
+        (path, place)
+        for path in paths
+        for place, recipe in enumerate(RECIPES[path.stem])
+        if every or recipe.most
+    ]
     jobs.sort(key=lambda job: job[0].stem not in LONG)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_one, job, every) for job in jobs]):
