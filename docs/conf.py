@@ -21,7 +21,8 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md", "docs/**.rst", "figures/*.md", "tests/reference/*.md"]
+include_patterns = ["*.md", "docs/**.md", "docs/**.rst", "figures/*.md", "paper/*.md"]
+include_patterns += ["tests/reference/*.md"]
 exclude_patterns = [".*", "docs/_build", "figures/quick", "figures/*-runs"]
 
 myst_enable_extensions = ["dollarmath", "html_image"]

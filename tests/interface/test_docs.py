@@ -219,7 +219,7 @@ class Page(HTMLParser):
         self.equations += tag in ("div", "span") and "math" in str(given.get("class")).split()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_the_pages_are_built_without_a_warning_and_without_a_network(tmp_path):
     out = tmp_path / "html"
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", DOCS]
