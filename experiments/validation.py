@@ -262,7 +262,11 @@ def in_words(name: str) -> str:
 def draw(table: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(table["problem"]))
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(7.2, 1.2 + 0.155 * len(names)), layout="constrained", width_ratios=(3, 2)
+        1,
+        2,
+        figsize=(7.2, max(2.8, 1.2 + 0.155 * len(names))),
+        layout="constrained",
+        width_ratios=(3, 2),
     )
     left.axvspan(-2, 2, color="0.92", linewidth=0)
     left.axvline(0, color="0.6", linewidth=0.8)

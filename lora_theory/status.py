@@ -22,7 +22,7 @@ class Status(StrEnum):
 
     @property
     def remedy(self) -> str:
-        """One sentence: what the status means and what can be done."""
+        """What the status means and what can be done, in one sentence."""
         return _REMEDIES[self]
 
     @property
