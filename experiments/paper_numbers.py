@@ -27,7 +27,7 @@ from paper_rows import (
     printed,
     shown,
 )
-from validation import summary
+from validation import SHOWN, spelled_out, summary
 
 Macros = Iterator[tuple[str, str]]
 Chosen = Mapping[str, Any]
@@ -84,7 +84,6 @@ def at_infinity(tables: Tables, name: str, chosen: Chosen) -> Number:
 
 
 COLUMNS = {"problem", "stage", "observable", "z", "dims", "seeds", "missed"}
-STAGE = {"pretraining": "pre-training", "finetuning": "fine-tuning"}
 
 
 def compared(tables: Tables) -> pd.DataFrame:
@@ -110,7 +109,7 @@ def validation(tables: Tables) -> Macros:
     yield "numLargestZ", plain(found["largest"], 2)
     yield "numLargestChance", percent(found["chance"])
     yield "numFrozenBias", printed(Number(found["bias"], found["bias_error"]))
-    place = f"{in_plain_words(worst['observable'])} of {STAGE[worst['stage']]}"
+    place = f"{in_plain_words(worst['observable'])} of {SHOWN[worst['stage']]}"
     yield "numLargestWhere", f"{place} ({named(worst['problem'])})"
     means = (cells["z"] ** 2).groupby(cells["problem"]).mean()
     yield "numWorstChi", plain(means.max(), 2)
@@ -134,31 +133,10 @@ def validation(tables: Tables) -> Macros:
     yield "numPublishedSize", plain(both[0]["dim"].iloc[0], 4)
 
 
-#: What is special about a problem, where its name does not say it well.
-SPECIAL = {
-    "reused": "re-used",
-    "clean": "no label noise",
-    "narrow": "narrow factor",
-    "pretraining": "pre-training alone",
-    "nuclear": "nuclear norm",
-    "frobenius": "Frobenius norm",
-    "low-rank-decay": "low-rank decay",
-    "truncated": "truncated weights",
-    "half-reused": "half re-used",
-    "selected": "chosen from a pool",
-    "rescaled": "rescaled weights",
-    "covariance": "covariance of tokens",
-    "separable": "separable penalty",
-    "redrawn": "re-used, noise redrawn",
-    "shifted": "shifted covariance",
-}
-
-
 def named(problem: str) -> str:
     """A name such as softmax-2-reused in words."""
-    activation, tokens, special = problem.split("-", 2)
-    words = SPECIAL.get(special, special.replace("-", " "))
-    return f"{activation}, {math_mode(f'T={tokens}')}, {words}"
+    activation, tokens, special = spelled_out(problem).split(", ", 2)
+    return f"{activation}, {math_mode(tokens.replace(' ', ''))}, {special}"
 
 
 def in_plain_words(observable: str) -> str:

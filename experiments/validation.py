@@ -253,10 +253,30 @@ STAGES = {"pretraining": ("#0072B2", "o"), "finetuning": ("#E69F00", "s")}
 SHOWN = {"pretraining": "pre-training", "finetuning": "fine-tuning"}
 
 
-def in_words(name: str) -> str:
+#: What is special about a problem, where its name does not say it well.
+SPECIAL = {
+    "reused": "re-used",
+    "clean": "no label noise",
+    "narrow": "narrow factor",
+    "pretraining": "pre-training alone",
+    "nuclear": "nuclear norm",
+    "frobenius": "Frobenius norm",
+    "low-rank-decay": "low-rank decay",
+    "truncated": "truncated weights",
+    "half-reused": "half re-used",
+    "selected": "chosen from a pool",
+    "rescaled": "rescaled weights",
+    "covariance": "covariance of tokens",
+    "separable": "separable penalty",
+    "redrawn": "re-used, noise redrawn",
+    "shifted": "shifted covariance",
+}
+
+
+def spelled_out(name: str) -> str:
     """The name of a problem, spelled out."""
     activation, tokens, what = name.split("-", 2)
-    return f"{activation}, T = {tokens}, {what.replace('-', ' ')}"
+    return f"{activation}, T = {tokens}, {SPECIAL.get(what, what)}"
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -274,7 +294,7 @@ def draw(table: pd.DataFrame) -> Figure:
         part = table[table["stage"] == stage]
         heights = part["problem"].map(names.index) + (0.15 if stage == "finetuning" else -0.15)
         left.plot(part["z"], heights, marker, color=color, mfc="none", label=SHOWN[stage])
-    left.set_yticks(range(len(names)), [in_words(name) for name in names], fontsize=6)
+    left.set_yticks(range(len(names)), [spelled_out(name) for name in names], fontsize=6)
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set_xlabel("z = (simulation − theory) / error")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -332,7 +352,7 @@ def caption(table: pd.DataFrame) -> str:
         f"quadrature. χ² per cell {found['chi2']:.2f} ± {found['chi2_error']:.2f} (cells of one "
         "problem share their runs; error from leaving out problems); |z| < 2: "
         f"{found['within']:.0%}; largest |z| {found['largest']:.1f} "
-        f"({in_words(worst['problem'])}; {SHOWN[worst['stage']]}, "
+        f"({spelled_out(worst['problem'])}; {SHOWN[worst['stage']]}, "
         f"{worst['observable']}), which independent cells exceed with a chance of "
         f"{found['chance']:.0%}. The frozen error of softmax has a mean z of {found['bias']:.2f} ± "
         f"{found['bias_error']:.2f}: its next offset, in 1/D, is larger than its errors. Low-rank "
