@@ -13,6 +13,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+#: Maps that threads of this process may take or give back meanwhile.
+OTHERS = 50
+
+
 def maps() -> int:
     return compilation._MAPS.read_bytes().count(b"\n")
 
@@ -35,7 +39,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, folder: Path, most: int) -> None:
 def test_programs_are_dropped_when_half_of_the_limit_is_reached(
     programs, entry, monkeypatch, tmp_path
 ):
-    limit(monkeypatch, tmp_path, 2 * maps() - 2)
+    limit(monkeypatch, tmp_path, 2 * maps() - 2 * OTHERS)
     before = maps()
     if (scope := entry()) is not None:
         with scope:
@@ -45,10 +49,10 @@ def test_programs_are_dropped_when_half_of_the_limit_is_reached(
 
 
 def test_programs_stay_below_half_of_the_limit(programs, monkeypatch, tmp_path):
-    limit(monkeypatch, tmp_path, 2 * maps() + 100)
+    limit(monkeypatch, tmp_path, 2 * maps() + 2 * OTHERS)
     before = maps()
     compilation.make_room()
-    assert maps() >= before
+    assert maps() > before - len(programs)
 
 
 def test_without_such_a_limit_nothing_is_dropped(programs, monkeypatch, tmp_path):
