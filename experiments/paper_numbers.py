@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from battery import outcomes
 from figure_tools import limit
+from lowrank import NOISE
+from optimal import BASE
 from paper_rows import (
     COMMON,
     MissingError,
@@ -200,7 +202,6 @@ OBJECTIVES = {
     "finetuning.overlap": "alignment $o$",
 }
 OWN = "finetuning.test_error"
-BASE = {"tokens": 2, "teacher_rank": 0.5, "label_noise": 0.5, SAMPLES: 0.2}
 
 
 def optimum(
@@ -381,8 +382,6 @@ def active(tables: Tables) -> Macros:
 
 
 # -- low-rank methods ----------------------------------------------------------------------------
-
-NOISE = {"linear": "delta_eff", "softmax": "variance"}
 
 
 def points_of(tables: Tables, activation: str, method: str) -> pd.DataFrame:

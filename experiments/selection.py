@@ -11,6 +11,7 @@ best_c: where the theory of the family is least, its error from other nodes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +88,13 @@ def _gain(prediction: Prediction) -> float:
     return prediction.effective_noise.gain
 
 
+@functools.cache
+def solve(asked: Problem, profile: Profile, seed: int = 0) -> Prediction:
+    nodes = profile.pick(quick=128, full=NODES)
+    return predict(asked, nodes=nodes, blocks=profile.blocks, seed=seed)
+
+
 def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str, Any]]:
-    effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
     for penalty in PENALTIES[profile.name]:
         both = _any_and_low_variance(activation, penalty, profile)
         for found in both:
@@ -97,18 +103,15 @@ def theory(activation: str, profile: Profile, store: Path) -> Iterator[dict[str,
     if activation != "softmax":
         return
     for score in (ANY, *LEVELS):
-        yield from predicted_rows(
-            predict(named(score), **effort), {"panel": "level", "at": math.nan}
-        )
+        yield from predicted_rows(solve(named(score), profile), {"panel": "level", "at": math.nan})
     for c in TARGETS[profile.name]:
-        yield from predicted_rows(predict(in_family(c), **effort), {"panel": "family", "at": c})
+        yield from predicted_rows(solve(in_family(c), profile), {"panel": "family", "at": c})
     yield best_in_family(profile)
 
 
 def _any_and_low_variance(activation: str, penalty: float, profile: Profile) -> list[Prediction]:
-    effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
     scores = ANY, "low_variance"
-    return [predict(along_penalty(activation, penalty, score), **effort) for score in scores]
+    return [solve(along_penalty(activation, penalty, score), profile) for score in scores]
 
 
 def _ratio(both: list[Prediction]) -> dict[str, Any]:
@@ -127,10 +130,9 @@ def predicted_ratio(activation: str, penalty: float, profile: Profile) -> dict[s
 
 def best_in_family(profile: Profile) -> dict[str, Any]:
     """Row of the c of least E', its error from other nodes."""
-    effort = {"nodes": profile.pick(quick=128, full=NODES), "blocks": profile.blocks}
     places = []
     for seed in range(profile.pick(quick=2, full=3)):
-        found = {c: predict(in_family(c), **effort, seed=seed) for c in TARGETS[profile.name]}
+        found = {c: solve(in_family(c), profile, seed) for c in TARGETS[profile.name]}
         places.append(least({c: one.finetuning.test_error for c, one in found.items()}))
     best = Estimate.of(places)
     return {
